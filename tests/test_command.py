@@ -1,0 +1,106 @@
+"The `diffii` command as a user meets it: in a subprocess, on a folder of one's own, with every kind of mistake."
+import json, sys
+from pathlib import Path
+import numpy as np, pytest
+from PIL import Image
+
+def photo(seed, size=(40,30)): # smooth colour blobs, unlike anything the model has seen
+    return Image.fromarray(np.random.default_rng(seed).integers(0,255,(4,5,3),dtype='uint8')).resize(size, Image.BICUBIC)
+
+@pytest.fixture
+def cli(run):
+    import subprocess, os
+    def _cli(*args, ok=True, cwd=None):
+        env = {k: v for k,v in os.environ.items() if not k.startswith('PYTHON')} | {'HF_HUB_OFFLINE': '1'}
+        r = subprocess.run([sys.executable, '-m', 'diffii', *map(str,args)], capture_output=True, text=True, timeout=600, env=env, cwd=cwd)
+        assert (r.returncode==0)==ok, r.stdout[-2000:]+r.stderr[-3000:]
+        return r
+    return _cli
+
+@pytest.fixture
+def garden(tmp_path):
+    "A user's folder: odd names, odd files, one category with a single image."
+    root = tmp_path/'my garden'
+    for c,n in (('bird of paradise',2),('œillet (red:1.2)',3),('lonely',1)):
+        (root/c).mkdir(parents=True)
+        for i in range(n): photo(len(c)*10+i).save(root/c/f'{i}.jpg')
+    (root/'notes.txt').write_text('not a category'); (root/'lonely'/'.hidden.jpg').write_text('x')
+    return root
+
+QUICK = ('--concept-steps', 2, '--steps', 3, '--expansion', 2)
+
+def test_augment_a_users_folder(cli, garden, tmp_path):
+    out = tmp_path/'out'
+    r = cli('augment', garden, '--metaclass', 'flower', '--out', out, *QUICK)
+    assert 'rehearsal' in r.stdout and '12 synthetic images' in r.stdout  # says plainly what the shipped model is
+    rows = [json.loads(l) for l in (out/'metadata.jsonl').read_text(encoding='utf-8').splitlines()]
+    assert len(rows)==12 and {r['label'] for r in rows}=={'bird of paradise','œillet (red:1.2)','lonely'}
+    assert all(Image.open(out/r['file_name']).size==(32,32) for r in rows)
+    assert any('#' in s for r in rows if r['label']=='lonely' for s in r['sources'])  # views of the one image, and said so
+    assert not any(p.suffix=='.tmp' for p in out.rglob('*'))
+    cli('remake', out, rows[5]['file_name'], '--to', tmp_path/'again.png')
+    assert (np.asarray(Image.open(tmp_path/'again.png'))==np.asarray(Image.open(out/rows[5]['file_name']))).all()
+    assert '12 synthetic images' in cli('augment', garden, '--metaclass', 'flower', '--out', out, *QUICK).stdout  # the same again: nothing to do
+
+def mistakes(garden, tmp_path):
+    (tmp_path/'empty').mkdir(); (tmp_path/'used').mkdir(); (tmp_path/'used'/'thesis.tex').touch(); (tmp_path/'file').touch()
+    def spoilt(name, data):
+        d = tmp_path/f'spoilt-{name}'/'oak'; d.mkdir(parents=True); (d/name).write_bytes(data); photo(1).save(d/'good.png'); return d.parent
+    import io; b = io.BytesIO(); photo(2).save(b,'PNG'); png = b.getvalue()
+    bad_class = tmp_path/'bad class'; (bad_class/'oak').mkdir(parents=True); (bad_class/'elm').mkdir(); photo(3).save(bad_class/'oak'/'1.png')
+    return {'empty folder': ((tmp_path/'empty',), 'empty'), 'no folder': ((tmp_path/'nowhere',), 'nowhere'), 'class without images': ((bad_class,), 'elm'),
+            'truncated': ((spoilt('cut.png', png[:60]),), 'cut.png'), 'zero bytes': ((spoilt('zero.jpg', b''),), 'zero.jpg'), 'text as jpg': ((spoilt('text.jpg', b'hello'),), 'text.jpg'),
+            'expansion 0': ((garden,'--expansion',0), '--expansion 0'), 'split ratio 1.5': ((garden,'--split-ratio',1.5), '--split-ratio 1.5'),
+            'unknown model': ((garden,'--model','nobody/nothing'), '--model nobody/nothing'), 'used folder': ((garden,'--out',tmp_path/'used'), 'thesis.tex'),
+            'out is a file': ((garden,'--out',tmp_path/'file'), 'file'), 'no suffix list': ((garden,'--suffixes','5-shot Dodos'), '5-shot Dodos'), 'shots': ((garden,'--shots',3), '--shots 3'),
+            'no concepts': ((garden,'--concepts',tmp_path/'empty'), 'concepts.json')}
+
+@pytest.mark.parametrize('case', ['empty folder','no folder','class without images','truncated','zero bytes','text as jpg','expansion 0','split ratio 1.5','unknown model','used folder',
+                                  'out is a file','no suffix list','shots','no concepts'])
+def test_a_mistake_is_one_line_and_leaves_nothing(cli, garden, tmp_path, case):
+    args,names = mistakes(garden, tmp_path)[case]; out = tmp_path/'out'; before = sorted(tmp_path.rglob('*'))
+    r = cli('augment', *args, '--metaclass', 'flower', *(() if '--out' in args else ('--out', out)), ok=False)
+    lines = [l for l in r.stderr.strip().splitlines()]
+    assert r.returncode==2 and len(lines)==1 and lines[0].startswith('diffii: ') and names in lines[0], r.stderr
+    assert sorted(tmp_path.rglob('*'))==before
+
+def test_skip_bad_goes_on_without(cli, garden, tmp_path):
+    (garden/'œillet (red:1.2)'/'cut.png').write_bytes(b'\x89PNG')
+    r = cli('augment', garden, '--metaclass', 'flower', '--out', tmp_path/'out', '--skip-bad', *QUICK)
+    assert 'cut.png' in r.stderr and '12 synthetic images' in r.stdout
+
+def test_every_kind_of_image_file_goes_through(cli, tmp_path):
+    d = tmp_path/'kinds'/'oak'; d.mkdir(parents=True); im = photo(4)
+    im.convert('P').save(d/'palette.png'); im.convert('CMYK').save(d/'cmyk.jpg'); im.save(d/'moving.gif', save_all=True, append_images=[photo(5)])
+    Image.fromarray((np.asarray(im.convert('L')).astype('uint16')*257)).save(d/'deep.png')
+    exif = Image.Exif(); exif[0x0112] = 6; im.save(d/'turned.jpg', exif=exif)
+    r = cli('augment', tmp_path/'kinds', '--metaclass', 'tree', '--out', tmp_path/'out', *QUICK)
+    assert '10 synthetic images' in r.stdout
+
+def test_help_is_quick_and_light(cli):
+    r = cli('--help'); assert all(c in r.stdout for c in ('demo','augment','remake'))
+    probe = "import sys, diffii, diffii.cli; print([m for m in ('torch','diffusers','transformers','fastai','matplotlib','sklearn') if m in sys.modules])"
+    import subprocess
+    assert subprocess.run([sys.executable,'-c',probe], capture_output=True, text=True).stdout.strip()=='[]'
+
+def test_a_killed_run_goes_on_and_ends_the_same(garden, tmp_path):
+    "kill -9 at several moments, the same command again: the same files as an uninterrupted run, to the bit."
+    import os, signal, subprocess, time
+    cmd = lambda out: [sys.executable,'-m','diffii','augment',str(garden),'--metaclass','flower','--out',str(out),'--concept-steps','30','--steps','8','--expansion','6','--batch-size','8']
+    env = os.environ | {'HF_HUB_OFFLINE':'1'}; whole,broken = tmp_path/'whole', tmp_path/'broken'
+    subprocess.run(cmd(whole), check=True, capture_output=True, env=env)
+    kills = 0
+    for moment in (('concepts',1),('pool',1),('png',5),('png',20)):
+        p = subprocess.Popen(cmd(broken), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+        def reached():
+            kind,n = moment
+            if kind=='png': return len(list(broken.glob('*/*.png'))) >= n
+            return len(list((broken/'.diffii'/kind).glob('*'))) >= n
+        while p.poll() is None and not reached(): time.sleep(.02)
+        if p.poll() is None: p.send_signal(signal.SIGKILL); kills += 1
+        p.wait()
+    assert kills>=2
+    subprocess.run(cmd(broken), check=True, capture_output=True, env=env)
+    files = lambda d: {p.relative_to(d): p.read_bytes() for p in d.rglob('*') if p.is_file() and '.diffii' not in p.parts and p.name!='README.md'}
+    assert files(whole)==files(broken) and len(files(whole))==37
+    assert not [p for p in broken.rglob('*.tmp')] or all('.diffii' in p.parts for p in broken.rglob('*.tmp'))
