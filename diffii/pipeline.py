@@ -50,7 +50,7 @@ class Pipeline:
     def text_parts(self) -> list: # [(name of the tokenizer, name of the text encoder)]
         return [(f'tokenizer{s}', f'text_encoder{s}') for s in ('','_2') if getattr(self.pipe, f'text_encoder{s}', None) is not None]
 
-# %% ../nbs/04_pipeline.ipynb #0be626bf
+# %% ../nbs/04_pipeline.ipynb #76044766
 TINY = Path(__file__).parent/'tiny' if '__file__' in globals() else Path('../diffii/tiny')
 
 def _load_diffusers(model, folder, dtype, variant):
@@ -59,11 +59,11 @@ def _load_diffusers(model, folder, dtype, variant):
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     diffusers.utils.logging.disable_progress_bar(); transformers.utils.logging.disable_progress_bar()
     try:
-        kind = diffusers.DiffusionPipeline.load_config(folder)['_class_name']
-        require(kind in ('StableDiffusionPipeline','StableDiffusionXLPipeline'), f'--model {model}: a {kind}; give a Stable Diffusion 1.x, 2.x or XL model')
-        extra = dict(safety_checker=None, requires_safety_checker=False) if kind=='StableDiffusionPipeline' else {}
         with warnings.catch_warnings():  # the libraries' own deprecations are not the user's concern
             warnings.simplefilter('ignore')
+            kind = diffusers.DiffusionPipeline.load_config(folder)['_class_name']
+            require(kind in ('StableDiffusionPipeline','StableDiffusionXLPipeline'), f'--model {model}: a {kind}; give a Stable Diffusion 1.x, 2.x or XL model')
+            extra = dict(safety_checker=None, requires_safety_checker=False) if kind=='StableDiffusionPipeline' else {}
             return getattr(diffusers, kind).from_pretrained(folder, dtype=dtype, variant=variant, **extra)
     except UserError: raise
     except (OSError, ValueError, KeyError, HfHubHTTPError, LocalEntryNotFoundError) as e:
