@@ -53,12 +53,13 @@ def demo(out:Annotated[Path, Opt(help='Output folder: new, empty, or of the same
     for k,v in a.items(): print(f"{k:<22} {v['mean']:5.1f} % (" + (f"sd {v['sd']:.1f} over {trials} trials)" if trials>1 else 'one trial)'))
     print(r['verdict']); print(f"{r['seconds']['all']:.0f} s; see {out}/report.html and {out}/synthetic")
 
-# %% ../nbs/14_cli.ipynb #ea398559
+# %% ../nbs/14_cli.ipynb #c55f6a50
 SMALL_MODEL = ('note: the shipped model makes 32-pixel images and has seen only digits and drawn birds. On photographs it runs through every step, but the results are a rehearsal; '
                'give --model stable-diffusion-v1-5/stable-diffusion-v1-5 (or a folder) for real ones.')
 
 GENERAL = ('outdoors.', 'indoors.', 'in a close-up view.', 'seen from afar.', 'against a plain background.', 'with a blurred background.', 'in bright light.', 'in dim light.')
 
+# %% ../nbs/14_cli.ipynb #d7ed437e
 @app.command()
 def augment(images:Annotated[Path, typer.Argument(help='Folder with a sub-folder of images for each category, or a CSV table.')],
             metaclass:Annotated[str, Opt(help="The word that names all categories, as 'bird'.")],

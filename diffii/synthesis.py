@@ -127,7 +127,7 @@ def _claim(out, run):
 def _short(x):
     s = json.dumps(x, ensure_ascii=False); return s if len(s)<120 else s[:117]+'...'
 
-# %% ../nbs/10_synthesis.ipynb #b29dd5ed
+# %% ../nbs/10_synthesis.ipynb #eb0682c3
 def synthesize(pipe:Pipeline,        # a loaded model
                images:ImageSet,      # the training images
                out,                  # output folder: new, empty, or of the same run, which is then continued
@@ -153,6 +153,7 @@ def synthesize(pipe:Pipeline,        # a loaded model
         with FileLock(out/STATE/'lock', timeout=0): return _run(pipe, images, out, run, cfg, concepts, asdict(ccfg), asdict(icfg), progress)
     except Timeout as e: raise UserError(f'--out {out}: another run is writing there; wait for it, or give another folder') from e
 
+# %% ../nbs/10_synthesis.ipynb #970a5a03
 def _run(pipe, images, out, run, cfg, concepts, ccfg, icfg, progress):
     "The four steps, inside the lock."
     state = out/STATE; seed = run['seed']
@@ -167,6 +168,7 @@ def _run(pipe, images, out, run, cfg, concepts, ccfg, icfg, progress):
         finally: whole = _finish(out, rows, run)
     return load_synthetic(out)
 
+# %% ../nbs/10_synthesis.ipynb #8c18e4b7
 def _make_all(pipe, concepts, pool, rows, out, progress):
     "Make what is missing, batch by batch, writing in a thread."
     todo = [b for b in _by_batch(rows) if not all((out/r['file_name']).is_file() for r in b)]
