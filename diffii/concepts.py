@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ADAPTER', 'LORA_TARGETS', 'ExtraRows', 'ConceptSettings', 'settings_for', 'Concepts', 'model_digest', 'lora_config',
-           'ConceptLearner', 'concept_training', 'learn_concepts']
+           'ConceptLearner', 'concept_training', 'deterministic', 'learn_concepts']
 
 # %% ../nbs/05_concepts.ipynb #23e69330
 from contextlib import contextmanager
@@ -205,12 +205,23 @@ def concept_training(pipe:Pipeline, images:ImageSet, cfg:ConceptSettings, seed:i
         if cfg.rank: pipe.pipe.unload_lora_weights()
     return got
 
-# %% ../nbs/05_concepts.ipynb #c59603f2
+# %% ../nbs/05_concepts.ipynb #e58f1039
+@contextmanager
+def deterministic(on:bool=True): # off leaves everything as it is
+    "A block in which torch sums in a fixed order; the setting is put back at the end."
+    old,warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if on: torch.use_deterministic_algorithms(True, warn_only=True)
+    try: yield
+    finally: torch.use_deterministic_algorithms(old, warn_only=warn)
+
+# %% ../nbs/05_concepts.ipynb #eb529974
 def _train_step(acc, learner, opt, params, cfg, batch, views, labels, log):
     "One optimizer step on this process's share of the batch; returns the loss, averaged over processes."
     i,v,eps,t = (x[acc.process_index::acc.num_processes] for x in batch)
-    with acc.autocast(): loss = learner(views[i,v].to(acc.device), torch.from_numpy(labels)[i].to(acc.device), eps.to(acc.device), t.to(acc.device))
-    acc.backward(loss); acc.clip_grad_norm_(params, cfg.max_norm); opt.step(); opt.zero_grad()
+    with deterministic(acc.device.type=='cpu'):
+        with acc.autocast(): loss = learner(views[i,v].to(acc.device), torch.from_numpy(labels)[i].to(acc.device), eps.to(acc.device), t.to(acc.device))
+        acc.backward(loss)
+    acc.clip_grad_norm_(params, cfg.max_norm); opt.step(); opt.zero_grad()
     loss = acc.reduce(loss.detach(), 'mean').item()
     require(np.isfinite(loss), f'concept learning: the loss of step {len(log)+1} is {loss}; lower --concept-lr, or use --dtype float32')
     log.append(loss)
