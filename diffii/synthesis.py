@@ -56,7 +56,7 @@ def make_plan(pool:InversionPool, suffixes:list, cfg:SynthesisSettings, counts, 
                                    equal_norms=cfg.equal_norms, batch=len(rows)//batch_size))
     return rows
 
-# %% ../nbs/10_synthesis.ipynb #27598924
+# %% ../nbs/10_synthesis.ipynb #e807e6fd
 def start_latents(rows:list, pool:InversionPool, shape:tuple) -> torch.Tensor: # (n, c, h, w)
     "The initial noise of every row: a point of its pair's circle, or noise of its own."
     if rows[0]['interpolation']=='none': return torch.stack([torch.randn(shape, generator=generator(r['seed'],'noise',r['label'],r['index'])) for r in rows])
@@ -67,7 +67,7 @@ def start_latents(rows:list, pool:InversionPool, shape:tuple) -> torch.Tensor: #
 def make_batch(pipe:Pipeline, concepts:Concepts, pool:InversionPool, rows:list) -> list: # of Pillow images
     "The synthetic images of one batch of the plan; `concepts` are attached to `pipe`."
     r = rows[0]; labels = [concepts.classes.index(x['label']) for x in rows]
-    z = start_latents(rows, pool, (pipe.unet.config.in_channels, *[pipe.unet.config.sample_size*pipe.size//(pipe.unet.config.sample_size*pipe.pipe.vae_scale_factor)]*2))
+    z = start_latents(rows, pool, (pipe.unet.config.in_channels, *[pipe.size//pipe.pipe.vae_scale_factor]*2))
     plain = pipe.encode_prompts([concepts.prompt(k) for k in labels])
     suffixed = pipe.encode_prompts([concepts.prompt(k, x['suffix']) for k,x in zip(labels,rows)]) if n_suffixed(r['split_ratio'], r['steps']) else None
     x = two_stage_denoise(pipe, z, plain, suffixed, r['split_ratio'], r['guidance_scale'], r['steps'])
