@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_TOKENS', 'bend', 'Pictures', 'base_pictures', 'tiny_tokenizer', 'tiny_models', 'to_tensor', 'psnr', 'Run',
-           'schedule', 'train_stage', 'autoencoder_loss', 'encode_pictures', 'denoising_loss', 'decoder_loss',
+           'schedule', 'train_stage', 'autoencoder_loss', 'encode_pictures', 'draw', 'denoising_loss', 'decoder_loss',
            'as_pipeline', 'save_tiny', 'train_tiny']
 
 # %% ../nbs/training/tiny.ipynb #b3a13e24
@@ -83,7 +83,7 @@ def tiny_models(tokenizer, seed=0) -> dict:
     return dict(vae=vae.to(memory_format=torch.channels_last), unet=unet.to(memory_format=torch.channels_last), text_encoder=text,
                 tokenizer=tokenizer, scheduler=sched)
 
-# %% ../nbs/training/tiny.ipynb #1fe307ff
+# %% ../nbs/training/tiny.ipynb #48a03fd7
 def to_tensor(images): return torch.from_numpy(np.ascontiguousarray(images)).permute(0,3,1,2).float().div_(127.5).sub_(1).contiguous(memory_format=torch.channels_last)
 
 def psnr(vae, images) -> float: # dB, of reconstructions from the posterior's mean
@@ -97,6 +97,7 @@ class Run:
     "One stage's settings: everything that decides its outcome."
     steps: int; lr: float; batch_size: int = 64; warmup: int = 100; seed: int = 0; save_every: int = 200
     horizon: int = 0  # steps after which the rate would reach its end; 0 for `steps`
+    digits: float = 0 # share of digits in a batch of the U-Net; 0 for their share of the pictures
 
 def schedule(run, step): # learning rate: warm-up, then cosine down to 2 %
     return run.lr*min(1, (step+1)/run.warmup)*(.02+.98*.5*(1+np.cos(np.pi*step/(run.horizon or run.steps))))
@@ -137,7 +138,7 @@ def autoencoder_loss(vae, pics, batch_size, kl_weight=1e-6):
         return F.mse_loss(vae.decode(post.sample(gen)).sample, x) + kl_weight*post.kl().mean()
     return loss
 
-# %% ../nbs/training/tiny.ipynb #1531e96b
+# %% ../nbs/training/tiny.ipynb #6b1a347f
 @torch.no_grad()
 def encode_pictures(models, pics, batch_size=256):
     "Latent means and deviations, caption token ids (n, captions, tokens); sets the autoencoder's scaling factor."
@@ -147,12 +148,18 @@ def encode_pictures(models, pics, batch_size=256):
     flat = models['tokenizer']([c for cs in pics.captions for c in cs], padding='max_length', truncation=True, return_tensors='pt').input_ids
     return mean, std, flat.view(len(pics.images), -1, flat.shape[-1])
 
-def denoising_loss(models, mean, std, ids, batch_size, p_empty=.1):
+def draw(rng, world, run): # indices of a batch, with the run's share of digits
+    if not run.digits: return rng.integers(0, len(world), run.batch_size)
+    which = rng.random(run.batch_size) < run.digits
+    return np.where(which, rng.choice(np.flatnonzero(world==0), run.batch_size), rng.choice(np.flatnonzero(world==1), run.batch_size))
+
+def denoising_loss(models, mean, std, ids, world, run, p_empty=.1):
     "Loss function of stage 2: Eq. 2, on latents of all pictures and one of each picture's captions."
+    batch_size = run.batch_size
     abar = models['scheduler'].alphas_cumprod; scale = models['vae'].config.scaling_factor
     empty = models['tokenizer']([''], padding='max_length', return_tensors='pt').input_ids[0]
     def loss(rng, gen):
-        i = torch.from_numpy(rng.integers(0,len(mean),batch_size))
+        i = torch.from_numpy(draw(rng, world, run))
         text = ids[i, torch.from_numpy(rng.integers(0,ids.shape[1],batch_size))].clone()
         text[torch.from_numpy(rng.random(batch_size) < p_empty)] = empty
         x0 = (mean[i] + std[i]*torch.randn(mean[i].shape, generator=gen))*scale
@@ -171,7 +178,7 @@ def decoder_loss(models, pics, mean, std, batch_size):
         return F.mse_loss(models['vae'].decode(z.contiguous(memory_format=torch.channels_last)).sample, to_tensor(pics.images[i]))
     return loss
 
-# %% ../nbs/training/tiny.ipynb #a3cbb323
+# %% ../nbs/training/tiny.ipynb #49d4553c
 def as_pipeline(models): # -> StableDiffusionPipeline
     "The trained parts as a pipeline of diffusers."
     from diffusers import StableDiffusionPipeline
@@ -186,8 +193,8 @@ def save_tiny(models, folder):
 
 def train_tiny(work,                                 # folder of the checkpoints
                vae_run:Run=Run(1000, 2e-3),          # stage 1
-               unet_run:Run=Run(3200, 1e-3, seed=1, horizon=4500), # stage 2
-               decoder_run:Run=Run(500, 1e-3, seed=2), # stage 3
+               unet_runs:tuple=(Run(3200, 1e-3, seed=1, horizon=4500), Run(4500, 1e-3, seed=3, digits=.5)), # stage 2, leg after leg
+               decoder_run:Run=Run(1000, 1e-3, seed=2), # stage 3
                pics:Pictures|None=None,              # the pictures, by default `base_pictures()`
                each=lambda stage, step, loss, seconds: None # called after every step
               ) -> dict:                             # the trained models
@@ -198,8 +205,9 @@ def train_tiny(work,                                 # folder of the checkpoints
     vae = {'vae': models['vae']}
     for o in train_stage('autoencoder', vae, autoencoder_loss(models['vae'], pics, vae_run.batch_size), vae_run, work): each('autoencoder', *o)
     mean,std,ids = encode_pictures(models, pics)
-    loss = denoising_loss(models, mean, std, ids, unet_run.batch_size)
-    for o in train_stage('denoiser', {k: models[k] for k in ('unet','text_encoder')}, loss, unet_run, work): each('denoiser', *o)
+    for leg,run in enumerate(unet_runs, 1):
+        loss = denoising_loss(models, mean, std, ids, pics.world, run)
+        for o in train_stage(f'denoiser-{leg}', {k: models[k] for k in ('unet','text_encoder')}, loss, run, work): each(f'denoiser-{leg}', *o)
     loss = decoder_loss(models, pics, mean, std, decoder_run.batch_size)
     for o in train_stage('decoder', {k: getattr(models['vae'],k) for k in ('decoder','post_quant_conv')}, loss, decoder_run, work): each('decoder', *o)
     return models
