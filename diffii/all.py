@@ -5,18 +5,21 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/15_all.ipynb #9d1d7d28
+# %% ../nbs/15_all.ipynb #0db61dc8
 from .core import *
 from .data import *
+from .datasets import *
 from .pipeline import *
 from .concepts import *
 from .inversion import *
 from .interpolation import *
 from .suffixes import *
 from .denoising import *
-from .synthesis import *
 from .classifier import *
 from .metrics import *
+from .methods import *
+from .synthesis import *
+from .experiments import *
 
 # %% ../nbs/15_all.ipynb #a4329cc2
 __all__ = sorted(n for n in globals() if not n.startswith('_'))

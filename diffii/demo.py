@@ -12,28 +12,36 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from .core import require, generator, write_json, atomic
 
-# %% ../nbs/13_demo.ipynb #ada7c7a3
+# %% ../nbs/13_demo.ipynb #3f5e04f7
 class Steps:
-    "Progress bars by step name, and the seconds each step took."
-    def __init__(self, quiet=False): self.quiet,self.seconds,self.bar,self.name = quiet,{},None,None
+    "Progress bars by step name, and the seconds each step took; with `log`, a file that gets a line of JSON for every second and every end of a step."
+    def __init__(self, quiet=False, log=None): self.quiet,self.log,self.seconds,self.bar,self.name,self.logged = quiet,log,{},None,None,0
     def __call__(self, stage, done, total):
         "The callback: opens a bar when the stage is new, moves it, and closes it at the end."
         from tqdm import tqdm
         if stage != self.name:
             self.close(); self.name,self.began = stage,time.time()
             self.bar = tqdm(total=total, desc=f'{stage:<26}', disable=self.quiet, dynamic_ncols=True)
-        self.bar.total = total; self.bar.update(done-self.bar.n)
+            self.first = done
+        self.bar.total = total; self.bar.update(done-self.bar.n); self._log(done, total)
         if done >= total: self.close()
+    def _log(self, done, total):
+        now = time.time()
+        if not self.log or (now-self.logged<1 and done<total): return
+        self.logged = now; rate = (done-self.first)/max(now-self.began,1e-6)
+        with open(self.log,'a',encoding='utf-8') as f:
+            f.write(json.dumps(dict(time=round(now,2), step=self.name, done=done, total=total, per_second=round(rate,3), seconds_left=round((total-done)/rate,1) if rate else None))+'\n')
     def close(self):
         if self.bar is not None:
             self.bar.refresh(); self.bar.close(); self.seconds[self.name] = self.seconds.get(self.name,0)+time.time()-self.began
         self.bar = self.name = None
 
-# %% ../nbs/13_demo.ipynb #d03bba0b
+# %% ../nbs/13_demo.ipynb #e8c8d15c
 @dataclass
 class World:
     "Data of the demo and of experiments: disjoint parts, and the suffixes that fit."
     name: str; pool: object; validation: object; test: object; suffixes: list; flip: bool
+    shifted: object = None # a test set whose contexts are distributed otherwise, if there is one
 
 def load_world(name:str='digits', tuning:bool=False) -> World: # tuning: other species than those results are reported on
     "The held-out digits, or freshly drawn birds of species the shipped model never saw."
@@ -45,13 +53,14 @@ def load_world(name:str='digits', tuning:bool=False) -> World: # tuning: other s
     n = VALIDATION if tuning else UNSEEN
     return World(name, aviary_set(n,20,1), aviary_set(n,30,2), aviary_set(n,50,3), [p for c in CONTEXTS.values() for p in c.phrases], True)
 
-# %% ../nbs/13_demo.ipynb #1e54e669
+# %% ../nbs/13_demo.ipynb #e1b05a6b
 def circle_strip(pipe, concepts, pool, k:int, n:int=13, guidance_scale=None, seed=0) -> list: # of n Pillow images
     "Pictures all around the circle of one pair of category `k`, from the first image over the second and back, under the plain prompt."
     import math, torch
     from diffii.interpolation import slerp, angle, draw_pairs
+    from diffii.inversion import image_of
     from diffii.denoising import two_stage_denoise
-    a,b = draw_pairs(len(pool.names[k]), 1, generator(seed,'strip'))[0]; A,B = pool.latents[k][a][None], pool.latents[k][b][None]
+    a,b = draw_pairs(len(pool.names[k]), 1, generator(seed,'strip'), [image_of(x) for x in pool.names[k]])[0]; A,B = pool.latents[k][a][None], pool.latents[k][b][None]
     turn = 2*math.pi/angle(A,B).item()                       # strength of a whole circle; downwards, since Eq. 7 walks away from b first
     z = torch.cat([slerp(A,B,(1-i/(n-1))*turn) for i in range(n)])
     with concepts.attached(pipe):

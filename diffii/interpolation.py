@@ -43,16 +43,18 @@ def slerp(a:torch.Tensor,        # (n, ...) inversions I_a
     ka,kb = torch.where(same, 1., (alpha+theta).sin()/s), torch.where(same, 0., -theta.sin()/s)
     return (ka.view(col)*a + kb.view(col)*b).to(out)
 
-# %% ../nbs/07_interpolation.ipynb #eb092111
+# %% ../nbs/07_interpolation.ipynb #887b3b0f
 def draw_pairs(n:int,      # inversions in the category, 2 or more
                count:int,  # pairs wanted
-               gen:torch.Generator # the category's own generator
+               gen:torch.Generator, # the category's own generator
+               images=None # the image behind each inversion, where an image has several; pairs are then of different images
               ) -> list:   # of (a, b), a != b
     "Pairs of different positions, all pairs once before any comes again."
     require(n>=2, f'draw_pairs: a pair needs two inversions, the category has {n}')
+    pairs = [(a,b) for a in range(n) for b in range(n) if a!=b]
+    pairs = [(a,b) for a,b in pairs if images is None or images[a]!=images[b]] or pairs
     out = []
-    while len(out) < count:
-        out += [(int(o)//(n-1), (int(o)//(n-1)+1+int(o)%(n-1))%n) for o in torch.randperm(n*(n-1), generator=gen)]
+    while len(out) < count: out += [pairs[i] for i in torch.randperm(len(pairs), generator=gen)]
     return out[:count]
 
 def draw_strength(alpha:float,          # angle of the pair, radians

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TINY', 'Conditioning', 'Pipeline', 'load_pipeline']
 
-# %% ../nbs/04_pipeline.ipynb #0ef57e67
-import warnings
+# %% ../nbs/04_pipeline.ipynb #5ab4ae19
+import logging, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,10 @@ class Pipeline:
     def text_parts(self) -> list: # [(name of the tokenizer, name of the text encoder)]
         return [(f'tokenizer{s}', f'text_encoder{s}') for s in ('','_2') if getattr(self.pipe, f'text_encoder{s}', None) is not None]
 
-# %% ../nbs/04_pipeline.ipynb #76044766
+# %% ../nbs/04_pipeline.ipynb #4b1371d2
 TINY = Path(__file__).parent/'tiny' if '__file__' in globals() else Path('../diffii/tiny')
 
-def _load_diffusers(model, folder, dtype, variant):
+def _load_diffusers(model, folder, dtype, variant, safety_checker):
     "The diffusers pipeline at a folder or hub id; every failure is one line."
     import diffusers, transformers
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -63,40 +63,44 @@ def _load_diffusers(model, folder, dtype, variant):
             warnings.simplefilter('ignore')
             kind = diffusers.DiffusionPipeline.load_config(folder)['_class_name']
             require(kind in ('StableDiffusionPipeline','StableDiffusionXLPipeline'), f'--model {model}: a {kind}; give a Stable Diffusion 1.x, 2.x or XL model')
-            extra = dict(safety_checker=None, requires_safety_checker=False) if kind=='StableDiffusionPipeline' else {}
+            extra = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False) if kind=='StableDiffusionPipeline' and not safety_checker else {}
             return getattr(diffusers, kind).from_pretrained(folder, dtype=dtype, variant=variant, **extra)
     except UserError: raise
     except (OSError, ValueError, KeyError, HfHubHTTPError, LocalEntryNotFoundError) as e:
-        lines = str(e).strip().splitlines()
+        lines = str(e).strip().splitlines(); weights = [f.name.split('.') for f in sorted(Path(folder).glob('unet/*.safetensors'))]
+        if weights and all(len(w)==3 and w[1]!=variant for w in weights): raise UserError(f'--model {model}: has weights of the variant {weights[0][1]} only; give --variant {weights[0][1]}') from e
         raise UserError(f'--model {model}: neither a folder in diffusers\' layout nor a model that can be fetched now ({lines[0] if lines else type(e).__name__}); '
                         "check the name and the network, give a folder, or use 'tiny'") from e
 
+# %% ../nbs/04_pipeline.ipynb #01a19d8a
 def load_pipeline(model:str='tiny',     # hub id, as 'stable-diffusion-v1-5/stable-diffusion-v1-5', folder, or 'tiny' for the shipped model
                   device:str|None=None, # by default the accelerator's, and the CPU without one
                   dtype:str='float32',  # 'float32', 'float16' or 'bfloat16'; what is trained stays float32
                   variant:str|None=None,# as 'fp16', where the files have one
                   size:int|None=None,   # side of the images in pixels; by default the model's own
-                  batch_size:int=64     # images per U-Net call
+                  batch_size:int=64,    # images per U-Net call
+                  safety_checker:bool=False # keep the checkpoint's safety checker, for `Pipeline.flagged`
                  ) -> Pipeline:
     "Load a Stable Diffusion checkpoint. Raises `UserError` when it cannot be found or is of another kind."
     from accelerate import PartialState
     require(dtype in ('float32','float16','bfloat16'), f'--dtype {dtype}: one of float32, float16, bfloat16')
     folder = TINY if model=='tiny' else Path(model) if Path(model).is_dir() else model
-    pipe = _load_diffusers(model, folder, getattr(torch,dtype), variant)
+    pipe = _load_diffusers(model, folder, getattr(torch,dtype), variant, safety_checker)
+    require(not safety_checker or getattr(pipe,'safety_checker',None), f'--model {model}: has no safety checker; load it without, or give a checkpoint that has one, as SD 1.5')
     kind = pipe.scheduler.config.get('prediction_type','epsilon')
     require(kind in ('epsilon','v_prediction'), f"--model {model}: prediction_type '{kind}' has no noise to invert; use a model with epsilon or v_prediction")
     pipe.to(device or PartialState().device); pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.vae): part.requires_grad_(False).eval().to(memory_format=torch.channels_last)
-    if pipe.vae.config.get('force_upcast') and dtype=='float16': pipe.vae.to(torch.float32)  # SDXL's autoencoder overflows in half precision
-    for s in ('','_2'):
-        if getattr(pipe, f'text_encoder{s}', None) is not None: getattr(pipe, f'text_encoder{s}').requires_grad_(False).eval()
-    notes = Path(folder)/'diffii.json'
-    return Pipeline(pipe, model, size or pipe.unet.config.sample_size*pipe.vae_scale_factor, read_json(notes) if notes.is_file() else {}, batch_size)
+    if type(pipe).__name__=='StableDiffusionXLPipeline' and pipe.vae.config.get('force_upcast'): pipe.vae.float()
+    for s in ('text_encoder','text_encoder_2','safety_checker'):
+        if getattr(pipe, s, None) is not None: getattr(pipe, s).requires_grad_(False).eval()
+    notes = Path(folder)/'diffii.json'; side = pipe.unet.config.sample_size; side = side if isinstance(side,int) else side[0]
+    return Pipeline(pipe, model, size or side*pipe.vae_scale_factor, read_json(notes) if notes.is_file() else {}, batch_size)
 
 # %% ../nbs/04_pipeline.ipynb #b2c83b88
 def _batches(n, size): return (slice(i, min(i+size, n)) for i in range(0, n, size))
 
-# %% ../nbs/04_pipeline.ipynb #d69ba92f
+# %% ../nbs/04_pipeline.ipynb #9818d6f8
 @patch
 @torch.inference_mode()
 def encode_images(self:Pipeline,
@@ -106,8 +110,8 @@ def encode_images(self:Pipeline,
     out = []
     for s in _batches(len(images), self.batch_size):
         x = np.stack([np.asarray(ImageOps.fit(im, (self.size,self.size), Image.BICUBIC)) for im in images[s]])
-        x = torch.from_numpy(x).permute(0,3,1,2).to(self.device, self.vae.dtype).div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
-        out.append(self.vae.encode(x).latent_dist.mean.float().cpu()*self.vae.config.scaling_factor)
+        x = torch.from_numpy(x).permute(0,3,1,2).to(self.device).float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
+        out.append(self.vae.encode(x.to(self.vae.dtype)).latent_dist.mean.float().cpu()*self.vae.config.scaling_factor)
     return torch.cat(out)
 
 @patch
@@ -123,7 +127,7 @@ def decode_latents(self:Pipeline,
         out += [Image.fromarray(a) for a in x]
     return out
 
-# %% ../nbs/04_pipeline.ipynb #8c5f98e7
+# %% ../nbs/04_pipeline.ipynb #a724cd21
 @patch
 def tokenize(self:Pipeline, prompts:list) -> list: # one (n, tokens) tensor of ids per text encoder
     "Token ids of prompts, padded and cut to the model's length."
@@ -135,7 +139,9 @@ def encode_ids(self:Pipeline, ids:list) -> Conditioning:
     "Encode token ids; gradients flow to whatever part of the text encoders is being trained."
     if len(ids)==1: return Conditioning(getattr(self.pipe, self.text_parts[0][1])(ids[0])[0])
     outs = [getattr(self.pipe,e)(i, output_hidden_states=True) for (_,e),i in zip(self.text_parts, ids)]
-    return Conditioning(torch.cat([o.hidden_states[-2] for o in outs], -1), outs[-1][0])
+    t,e = self.text_parts[-1]; last = outs[-1].last_hidden_state
+    end = (ids[-1]==getattr(self.pipe,t).eos_token_id).int().argmax(-1)  # the first one: padding may be the same token
+    return Conditioning(torch.cat([o.hidden_states[-2] for o in outs], -1), getattr(self.pipe,e).text_projection(last[torch.arange(len(last)), end]))
 
 @patch
 def encode_prompts(self:Pipeline,
@@ -146,6 +152,8 @@ def encode_prompts(self:Pipeline,
     with torch.no_grad():
         for s in _batches(len(new), self.batch_size):
             rows = self.encode_ids(self.tokenize(new[s]))
+            if self.pipe.config.get('force_zeros_for_empty_prompt') and '' in new[s]:
+                for x in (rows.embeds, rows.pooled): x[new[s].index('')] = 0
             self.cache.update((p, rows[i:i+1]) for i,p in enumerate(new[s]))
     return Conditioning.cat([self.cache[p] for p in prompts])
 
@@ -171,3 +179,19 @@ def predict_eps(self:Pipeline,
     if self.pipe.scheduler.config.get('prediction_type','epsilon')=='epsilon': return out
     a = self.abar().float().to(self.device)[t].view(-1,1,1,1)
     return a.sqrt()*out + (1-a).sqrt()*x
+
+# %% ../nbs/04_pipeline.ipynb #d8fd4d81
+@patch
+@torch.inference_mode()
+def flagged(self:Pipeline,
+            images:list # Pillow RGB images
+           ) -> list:   # a bool for each
+    "Which images the checkpoint's safety checker flags. Raises `UserError` when the pipeline was loaded without one."
+    checker = getattr(self.pipe, 'safety_checker', None)
+    require(checker is not None, f'{self.model}: no safety checker was loaded; load it with safety_checker=True, from a checkpoint that has one')
+    logging.getLogger('diffusers.pipelines.stable_diffusion.safety_checker').setLevel(logging.ERROR)  # it announces black images, which we never take
+    out = []
+    for s in _batches(len(images), self.batch_size):
+        x = self.pipe.feature_extractor(images[s], return_tensors='pt').pixel_values.to(self.device, checker.dtype)
+        out += map(bool, checker(clip_input=x, images=[np.zeros(1)]*len(x))[1])
+    return out

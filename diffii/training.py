@@ -45,7 +45,7 @@ def base_pictures(n_digits:int=16000, n_birds:int=24000, n_captions:int=6, seed:
         images.append(np.asarray(im)); captions.append([aviary.bird_caption(sp,ctx,rng) for _ in range(n_captions)])
     return Pictures(np.stack(images), captions, np.array([0]*n_digits+[1]*n_birds))
 
-# %% ../nbs/training/tiny.ipynb #67b9d1ca
+# %% ../nbs/training/tiny.ipynb #4f7d7f2a
 MAX_TOKENS = 40  # longest prompt, with its start and end token
 
 def tiny_tokenizer(texts, vocab_size=1200): # texts to learn the byte pairs from
@@ -62,7 +62,9 @@ def tiny_tokenizer(texts, vocab_size=1200): # texts to learn the byte pairs from
                             special_tokens=['<|startoftext|>','<|endoftext|>'], show_progress=False))
     model = json.loads(tok.to_str())['model']
     vocab = {w:i for i,(w,_) in enumerate(sorted(model['vocab'].items(), key=lambda o: o[1]))}
-    for c in chars: vocab.setdefault(c+'</w>', len(vocab))  # every character may end a word
+    ends = sorted(c+'</w>' for c in chars if c+'</w>' in vocab)  # numbered in no fixed order by the trainer
+    vocab |= dict(zip(ends, sorted(vocab[w] for w in ends)))
+    for c in sorted(chars): vocab.setdefault(c+'</w>', len(vocab))  # every character may end a word
     return CLIPTokenizer(vocab=vocab, merges=[tuple(m) for m in model['merges']], model_max_length=MAX_TOKENS)
 
 # %% ../nbs/training/tiny.ipynb #4bc6df06

@@ -1,5 +1,5 @@
 "The `diffii` command as a user meets it: in a subprocess, on a folder of one's own, with every kind of mistake."
-import json, sys
+import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
@@ -9,7 +9,6 @@ def photo(seed, size=(40,30)): # smooth colour blobs, unlike anything the model 
 
 @pytest.fixture
 def cli(run):
-    import subprocess, os
     def _cli(*args, ok=True, cwd=None):
         env = {k: v for k,v in os.environ.items() if not k.startswith('PYTHON')} | {'HF_HUB_OFFLINE': '1'}
         r = subprocess.run([sys.executable, '-m', 'diffii', *map(str,args)], capture_output=True, text=True, timeout=600, env=env, cwd=cwd)
@@ -41,6 +40,38 @@ def test_augment_a_users_folder(cli, garden, tmp_path):
     cli('remake', out, rows[5]['file_name'], '--to', tmp_path/'again.png')
     assert (np.asarray(Image.open(tmp_path/'again.png'))==np.asarray(Image.open(out/rows[5]['file_name']))).all()
     assert '12 synthetic images' in cli('augment', garden, '--metaclass', 'flower', '--out', out, *QUICK).stdout  # the same again: nothing to do
+
+def test_another_method_is_watched_and_made_again(cli, garden, tmp_path):
+    out,log = tmp_path/'mix',tmp_path/'log.jsonl'
+    cli('augment', garden, '--metaclass', 'flower', '--out', out, '--method', 'diff-mix', '--strengths', '0.5,1', '--log', log, *QUICK)
+    rows = [json.loads(l) for l in (out/'metadata.jsonl').read_text(encoding='utf-8').splitlines()]
+    assert len(rows)==12 and all(r['method']=='diff-mix' and r['label']!=r['source_label'] and r['strength'] in (.5,1.) and r['label_weight']==r['strength']**.8 for r in rows)
+    lines = [json.loads(l) for l in log.read_text().splitlines()]
+    assert {l['step'] for l in lines}=={'concepts','encoding','images'} and lines[-1]['done']==lines[-1]['total']==12
+    (out/rows[3]['file_name']).unlink()
+    seen = dict(l.split(None,1) for l in cli('status', out).stdout.splitlines())
+    assert seen['method']=='diff-mix' and seen['planned']=='12' and seen['done']=='11' and seen['concepts']=='done' and rows[3]['label'] in seen['missing']
+    cli('augment', garden, '--metaclass', 'flower', '--out', out, '--method', 'diff-mix', '--strengths', '0.5,1', *QUICK)
+    assert 'nothing' in cli('status', out).stdout
+    r = cli('augment', garden, '--metaclass', 'flower', '--out', out, '--method', 'real-mix', *QUICK, ok=False)
+    assert 'synthesis: method: "diff-mix" then, "real-mix" now' in r.stderr
+
+def test_a_table_with_columns_of_its_own(cli, garden, tmp_path):
+    files = [(p,p.parent.name) for p in sorted(garden.glob('*/*.jpg')) if p.name[0]!='.']
+    (tmp_path/'t.csv').write_text('path,kind\n'+''.join(f'{p},"{k}"\n' for p,k in files), encoding='utf-8')
+    common = ('augment', tmp_path/'t.csv', '--metaclass', 'flower', '--out', tmp_path/'o', *QUICK)
+    assert '12 synthetic images' in cli(*common, '--image-column', 'path', '--label-column', 'kind').stdout
+    assert 't.csv' in cli(*common, ok=False).stderr  # the default columns are not there
+
+def test_a_benchmark_goes_on_where_it_stopped(cli, tmp_path):
+    common = ('benchmark', 'few-shot', '--shots', 2, '--trials', 1, '--quick', '--out', tmp_path/'b')
+    r = cli(*common, '--methods', 'original,random-noise'); assert 'random-noise' in r.stdout and 'original' in r.stdout
+    cell = tmp_path/'b'/'cells'/'2-shot--original--0.json'; before = cell.stat().st_mtime_ns
+    r = cli(*common, '--methods', 'original,random-noise,diff-ii'); assert 'against original' in r.stdout and cell.stat().st_mtime_ns==before
+    assert {'table.csv','table.json','plot.png'} <= {p.name for p in (tmp_path/'b').iterdir()}
+    for args,word in ((('benchmark','few-shoot','--out',tmp_path/'x'),'few-shoot'), (('benchmark','ood','--out',tmp_path/'x'),'digits'), (('benchmark','few-shot','--methods','gan','--out',tmp_path/'x'),'gan'),
+                      (('benchmark','few-shot','--shots','five','--out',tmp_path/'x'),'--shots five'), (('benchmark','few-shot','--dataset','cub','--out',tmp_path/'x'),'--root')):
+        r = cli(*args, ok=False); assert word in r.stderr and len(r.stderr.strip().splitlines())==1 and not (tmp_path/'x').exists()
 
 def mistakes(garden, tmp_path):
     (tmp_path/'empty').mkdir(); (tmp_path/'used').mkdir(); (tmp_path/'used'/'thesis.tex').touch(); (tmp_path/'file').touch()
@@ -83,24 +114,31 @@ def test_help_is_quick_and_light(cli):
     import subprocess
     assert subprocess.run([sys.executable,'-c',probe], capture_output=True, text=True).stdout.strip()=='[]'
 
+def augment_small(garden, out): # a run of about ten seconds, most of them imports
+    return [sys.executable,'-m','diffii','augment',str(garden),'--metaclass','flower','--out',str(out),'--concept-steps','30','--steps','8','--expansion','6','--batch-size','8']
+
+def files_of(d): return {p.relative_to(d): p.read_bytes() for p in d.rglob('*') if p.is_file() and '.diffii' not in p.parts and p.name!='README.md'}
+
+def kill_when(cmd, env, reached) -> bool: # was it killed before it ended?
+    p = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+    while p.poll() is None and not reached(): time.sleep(.02)
+    running = p.poll() is None
+    if running: p.send_signal(signal.SIGKILL)
+    p.wait(); return running
+
 def test_a_killed_run_goes_on_and_ends_the_same(garden, tmp_path):
-    "kill -9 at several moments, the same command again: the same files as an uninterrupted run, to the bit."
-    import os, signal, subprocess, time
-    cmd = lambda out: [sys.executable,'-m','diffii','augment',str(garden),'--metaclass','flower','--out',str(out),'--concept-steps','30','--steps','8','--expansion','6','--batch-size','8']
-    env = os.environ | {'HF_HUB_OFFLINE':'1'}; whole,broken = tmp_path/'whole', tmp_path/'broken'
-    subprocess.run(cmd(whole), check=True, capture_output=True, env=env)
-    kills = 0
-    for moment in (('concepts',1),('pool',1),('png',5),('png',20)):
-        p = subprocess.Popen(cmd(broken), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
-        def reached():
-            kind,n = moment
-            if kind=='png': return len(list(broken.glob('*/*.png'))) >= n
-            return len(list((broken/'.diffii'/kind).glob('*'))) >= n
-        while p.poll() is None and not reached(): time.sleep(.02)
-        if p.poll() is None: p.send_signal(signal.SIGKILL); kills += 1
-        p.wait()
+    "kill -9 in every stage, and at random moments: the same command again ends with the files of an uninterrupted run, to the bit. DIFFII_KILLS=20 kills more often."
+    env = os.environ | {'HF_HUB_OFFLINE':'1'}; whole,broken = tmp_path/'whole', tmp_path/'broken'; state = broken/'.diffii'; began = time.time()
+    subprocess.run(augment_small(garden, whole), check=True, capture_output=True, env=env); seconds = time.time()-began
+    count = lambda pattern, folder=broken: len(list(folder.glob(pattern)))
+    moments = [lambda: count('*', state/'concepts')>=1, lambda: count('*', state/'pool')>=1, lambda: count('*/*.png')>=5, lambda: count('*/*.png')>=20]
+    kills = sum([kill_when(augment_small(garden, broken), env, m) for m in moments])
+    rng = np.random.default_rng(0)
+    for i in range(int(os.environ.get('DIFFII_KILLS', 0))):
+        again = tmp_path/f'again{i}'; until = time.time()+rng.uniform(.2,1)*seconds
+        kills += kill_when(augment_small(garden, again), env, lambda: time.time()>until)
+        subprocess.run(augment_small(garden, again), check=True, capture_output=True, env=env); assert files_of(again)==files_of(whole)
     assert kills>=2
-    subprocess.run(cmd(broken), check=True, capture_output=True, env=env)
-    files = lambda d: {p.relative_to(d): p.read_bytes() for p in d.rglob('*') if p.is_file() and '.diffii' not in p.parts and p.name!='README.md'}
-    assert files(whole)==files(broken) and len(files(whole))==37
-    assert not [p for p in broken.rglob('*.tmp')] or all('.diffii' in p.parts for p in broken.rglob('*.tmp'))
+    subprocess.run(augment_small(garden, broken), check=True, capture_output=True, env=env)
+    assert files_of(whole)==files_of(broken) and len(files_of(whole))==37
+    assert not list(broken.rglob('*.tmp'))  # what a killed run left half-written is swept away

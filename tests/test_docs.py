@@ -14,27 +14,27 @@ def flags(cell): return set(re.findall(r'^#\|\s*(\w+)', source(cell), re.M)) if 
 def test_sidebar_lists_every_notebook_in_reading_order(root, notebooks):
     sidebar = list(contents(yaml.safe_load((root/'_quarto.yml').read_text())['website']['sidebar']['contents']))
     assert sorted(sidebar) == sorted(notebooks), 'the sidebar in _quarto.yml and the notebooks in nbs/ differ'
-    chapters = [f for f in sidebar if re.match(r'\d\d_', f)]
+    chapters = [f for f in sidebar if re.match(r'\d\d[a-z]?_', f)]
     assert sidebar[0] == 'index.ipynb' and chapters == sorted(chapters)
     assert (root/'nbs/_quarto.yml').is_symlink() and (root/'nbs/_quarto.yml').resolve() == root/'_quarto.yml'
 
 def test_numbered_chapters_export_the_module_of_their_name(root, notebooks):
     for f,cells in notebooks.items():
         exports = [m[1] for c in cells if (m := re.search(r'^#\|\s*default_exp\s+(\S+)', source(c), re.M))]
-        if m := re.fullmatch(r'\d\d_(\w+)\.ipynb', f): assert exports in ([m[1]], [f'__{m[1]}__']), f
+        if m := re.fullmatch(r'\d\d[a-z]?_(\w+)\.ipynb', f): assert exports in ([m[1]], [f'__{m[1]}__']), f
         for e in exports: assert (root/'diffii'/(e.replace('.','/')+'.py')).exists(), f'{f}: diffii/{e}.py is missing, run nbdev_export'
     made = {e for cells in notebooks.values() for c in cells for e in re.findall(r'^#\|\s*default_exp\s+(\S+)', source(c), re.M)}
     orphans = {p.stem for p in (root/'diffii').glob('*.py') if p.stem[0] != '_'} - made - {'all'}
     assert not orphans, f'modules without a notebook: {orphans}'
 
 def test_imports_go_down_the_list_only(root, notebooks):
-    number = {m[2]: int(m[1]) for f in notebooks if (m := re.fullmatch(r'(\d\d)_(\w+)\.ipynb', f))}
+    number = {m[2]: m[1] for f in notebooks if (m := re.fullmatch(r'(\d\d[a-z]?)_(\w+)\.ipynb', f))}
     for module,n in number.items():
         path = root/'diffii'/f'{module}.py'
         tree = ast.parse((path if path.exists() else path.with_stem(f'__{module}__')).read_text(encoding='utf-8'))
         used = [i.module for i in ast.walk(tree) if isinstance(i, ast.ImportFrom) and i.module] + [a.name for i in ast.walk(tree) if isinstance(i, ast.Import) for a in i.names]
         used += [f'diffii.{a.name}' for i in ast.walk(tree) if isinstance(i, ast.ImportFrom) and i.module=='diffii' for a in i.names]
-        up = [u for u in used if u.startswith('diffii.') and number.get(u.split('.')[1], 99 if u.split('.')[1]=='training' else 0) >= n]
+        up = [u for u in used if u.startswith('diffii.') and number.get(u.split('.')[1], '99' if u.split('.')[1]=='training' else '') >= n]
         assert not up, f'{module} imports {up}, which stands below it'
 
 def test_links_and_pictures_exist(root, notebooks):
