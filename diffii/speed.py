@@ -60,11 +60,11 @@ def together(model, images, suffixes, expansion, batch_size=64, folder=None, **s
     t['inverting'],t['sampling'] = (marks[s][1]-marks[s][0] for s in ('inversion','images')); t['unet'] = sum(clock)
     return t
 
-# %% ../nbs/13b_speed.ipynb #c3eb05c2
+# %% ../nbs/13b_speed.ipynb #eb77e6fb
 EXACT = dict(guidance_scale=7.5, split_ratio=.3)
 FAST = dict(EXACT, guided=(0.,.6), stride=3, solver='dpm++')
 
-def speed_table(model='tiny', categories=5, images=2, expansion=2, repeats=3) -> 'pd.DataFrame':
+def speed_table(model='tiny', categories=5, images=2, expansion=2, repeats=3): # -> pandas table
     "Images per second of inversion and sampling by both procedures, in turns; the median of the repeats."
     import pandas as pd, tempfile
     s,suffixes = job(categories, images, expansion); n = len(s); runs = {}
@@ -76,7 +76,7 @@ def speed_table(model='tiny', categories=5, images=2, expansion=2, repeats=3) ->
     base = n*expansion/(mid.sampling+mid.loading)['one by one']
     return out.assign(**{'times the published': n*expansion/(mid.sampling+mid.loading)/base, 'times, without loading': out['made/s']/out['made/s']['one by one']})
 
-# %% ../nbs/13b_speed.ipynb #e0ef5d83
+# %% ../nbs/13b_speed.ipynb #288f1bca
 def peak_memory(model='tiny', categories=5, images=2, expansion=1, steps=5) -> dict: # seconds and megabytes
     "Seconds and peak memory of a run in a process of its own."
     code = f"import json,sys; from diffii.speed import _probe; print(json.dumps(_probe({model!r},{categories},{images},{expansion},{steps})))"
@@ -90,7 +90,7 @@ def _probe(model, categories, images, expansion, steps):
     with tempfile.TemporaryDirectory() as d: t = together(model, s, suffixes, expansion, folder=Path(d)/'x', steps=steps, **EXACT)
     return dict(categories=categories, images=images, expansion=expansion, made=len(s)*expansion, inverting=t['inverting'], sampling=t['sampling'], megabytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)
 
-def growth_table(model='tiny', quick=False) -> 'pd.DataFrame':
+def growth_table(model='tiny', quick=False): # -> pandas table
     "How time and memory grow with categories, images and expansion."
     import pandas as pd
     sizes = [(5,6,1),(5,6,5)] if quick else [(5,20,1),(10,20,1),(20,20,1),(5,40,1),(5,20,5),(5,20,20)]
