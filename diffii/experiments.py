@@ -194,7 +194,7 @@ def _lpips(s):
     try: return lpips_diversity(s)[0]
     except UserError: return None
 
-# %% ../nbs/13a_experiments.ipynb #0884f71a
+# %% ../nbs/13a_experiments.ipynb #03ae2a9c
 def published_number(table, row:str, arch:str) -> float|None:
     "The paper's number for a cell, if it has the same one."
     from diffii.suffixes import published
@@ -213,7 +213,7 @@ def paired_gain(cells, row, base) -> list:
     acc = {(c['row'],c['trial']): c['accuracy'] for c in cells}
     return [acc[row,t]-acc[base,t] for (r,t) in acc if r==row and (base,t) in acc]
 
-def summarise(cells:list, settings:list, arch:str='small') -> 'pd.DataFrame':
+def summarise(cells:list, settings:list, arch:str='small'): # -> pandas table
     "One line per setting and row: mean, deviation and interval over the trials."
     import pandas as pd
     from diffii.metrics import spread
@@ -274,7 +274,7 @@ def strength_strips(b:Bench, setting, n:int=13, k_max:int=4): # -> Pillow image
     with c.attached(b.pipe): pool = InversionPool.build(b.pipe, train, c, b.work(setting,0,'pool'), flip=b.world.flip)
     return grid([im for k in range(min(k_max,len(train.classes))) for im in circle_strip(b.pipe, c, pool, k, n)], n)
 
-# %% ../nbs/13a_experiments.ipynb #49cd28eb
+# %% ../nbs/13a_experiments.ipynb #5146524f
 def benchmark(task:str='few-shot',     # one of `TASKS`
               dataset:str='digits',    # see `open_world`
               out='diffii-benchmark',  # finished cells are kept here, and the same call goes on with the others
@@ -282,7 +282,7 @@ def benchmark(task:str='few-shot',     # one of `TASKS`
               arch:str='small', size:int|None=None, # see `train_classifier`; 32 pixels for the small worlds, else 224
               training:dict|None=None, # more settings of `train_classifier`
               model:str='tiny', root=None, test=None, metaclass:str='object', clip=None, seed:int=0, device=None, dtype:str='float32',
-              quick:bool=False, progress=None) -> 'pd.DataFrame':
+              quick:bool=False, progress=None): # -> pandas table
     "Run what is missing of an experiment, and write its table as CSV and JSON, and a plot."
     from diffii.pipeline import load_pipeline
     require(trials>=1, f'--trials {trials}: give 1 or more')
