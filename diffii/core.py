@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UserError', 'require', 'seed_of', 'generator', 'atomic', 'write_json', 'read_json', 'save_tensors', 'load_tensors',
-           'optimizer_tensors', 'load_optimizer_tensors', 'folder_name']
+           'optimizer_tensors', 'load_optimizer_tensors', 'claim', 'differences', 'folder_name']
 
 # %% ../nbs/00_core.ipynb #0f8a5a06
 import contextlib, hashlib, json, os, re, unicodedata
@@ -79,6 +79,27 @@ def load_optimizer_tensors(opt, tensors:dict, prefix='opt.'):
         if k.startswith(prefix):
             i,name = k[len(prefix):].split('.',1); state.setdefault(int(i),{})[name] = v
     opt.load_state_dict(dict(state=state, param_groups=opt.state_dict()['param_groups']))
+
+# %% ../nbs/00_core.ipynb #9dbb0f26
+def claim(out,         # output folder: new, empty, or of the same run
+          about:dict,  # what the run is, as it can stand in JSON
+          record:str   # the file in `out` that keeps it
+         ):
+    "Take an output folder for a run, or raise `UserError` before anything is written."
+    out = Path(out); file = out/record
+    require(not out.exists() or out.is_dir(), f'--out {out}: is a file; give a folder')
+    if not file.is_file():
+        foreign = [p.name for p in out.iterdir() if p.name!=Path(record).parts[0]] if out.is_dir() else []
+        require(not foreign, f'--out {out}: holds other files ({", ".join(sorted(foreign)[:3])}); give a new or empty folder')
+        write_json(file, about); return
+    diff = differences(read_json(file), json.loads(json.dumps(about)))
+    require(not diff, f'--out {out}: holds a run with other settings ({"; ".join(diff[:5])}); give another folder, or the old settings to go on')
+
+def differences(then, now, key='') -> list: # a line for each
+    "What differs between two values, setting by setting."
+    if isinstance(then,dict) and isinstance(now,dict): return [d for k in {**then,**now} for d in differences(then.get(k), now.get(k), f'{key}{k}: ')]
+    short = lambda x: s if len(s := json.dumps(x, ensure_ascii=False))<80 else s[:77]+'...'
+    return [] if then==now else [f'{key}{short(then)} then, {short(now)} now']
 
 # %% ../nbs/00_core.ipynb #a0c84a8d
 def folder_name(name:str # a class name, any text

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['REPORT', 'Steps', 'World', 'load_world', 'circle_strip', 'grid', 'write_report', 'demo', 'compare', 'verdict']
 
-# %% ../nbs/13_demo.ipynb #53733ab7
+# %% ../nbs/13_demo.ipynb #1a24e3f6
 import base64, io, json, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from .core import require, generator, write_json, atomic
+from .core import require, generator, claim, write_json, atomic
 
 # %% ../nbs/13_demo.ipynb #3f5e04f7
 class Steps:
@@ -36,22 +36,26 @@ class Steps:
             self.bar.refresh(); self.bar.close(); self.seconds[self.name] = self.seconds.get(self.name,0)+time.time()-self.began
         self.bar = self.name = None
 
-# %% ../nbs/13_demo.ipynb #e8c8d15c
+# %% ../nbs/13_demo.ipynb #066fec6b
 @dataclass
 class World:
-    "Data of the demo and of experiments: disjoint parts, and the suffixes that fit."
+    "Data of the demo and of experiments: disjoint parts, the suffixes that fit, and what a world can give beyond that."
     name: str; pool: object; validation: object; test: object; suffixes: list; flip: bool
-    shifted: object = None # a test set whose contexts are distributed otherwise, if there is one
+    tail: object = None    # () -> a larger pool, for long tails
+    shifted: object = None # (shots, seed) -> a training set, and a test set whose contexts are distributed otherwise
+    plenty: object = None  # (categories, n) -> about n real images of each category, for a judge that has seen plenty
 
 def load_world(name:str='digits', tuning:bool=False) -> World: # tuning: other species than those results are reported on
     "The held-out digits, or freshly drawn birds of species the shipped model never saw."
     require(name in ('digits','aviary'), f'--data {name}: one of digits, aviary')
     if name=='digits':
         from diffii.digits import digits_set, digit_suffixes
-        return World(name, digits_set('pool'), digits_set('validation'), digits_set('test'), digit_suffixes(), False)
-    from diffii.aviary import aviary_set, CONTEXTS, UNSEEN, VALIDATION
+        pool,valid = digits_set('pool'),digits_set('validation')
+        return World(name, pool, valid, digits_set('test'), digit_suffixes(), False, plenty=lambda classes, n: pool+valid)  # all there are, about 60 of each
+    from diffii.aviary import aviary_set, waterbirds_twin, CONTEXTS, UNSEEN, VALIDATION
     n = VALIDATION if tuning else UNSEEN
-    return World(name, aviary_set(n,20,1), aviary_set(n,30,2), aviary_set(n,50,3), [p for c in CONTEXTS.values() for p in c.phrases], True)
+    return World(name, aviary_set(n,20,1), aviary_set(n,30,2), aviary_set(n,50,3), [p for c in CONTEXTS.values() for p in c.phrases], True,
+                 tail=lambda: aviary_set(n,40,1), shifted=lambda shots, seed: waterbirds_twin(shots, seed=seed), plenty=lambda classes, m: aviary_set([int(c.split('_')[-1]) for c in classes], m, 9))
 
 # %% ../nbs/13_demo.ipynb #e1b05a6b
 def circle_strip(pipe, concepts, pool, k:int, n:int=13, guidance_scale=None, seed=0) -> list: # of n Pillow images
@@ -96,7 +100,7 @@ def write_report(path, r:dict, pictures:list): # pictures: (title, Pillow image,
     html = Environment(autoescape=True).from_string(REPORT).render(r=r, pictures=[dict(title=t, data=png(im), caption=c) for t,im,c in pictures])
     with atomic(path) as tmp: tmp.write_text(html, encoding='utf-8')
 
-# %% ../nbs/13_demo.ipynb #f382a7ab
+# %% ../nbs/13_demo.ipynb #926aaf91
 def demo(out='diffii-demo',    # output folder: new, empty, or of the same demo, which is then continued
          data:str='digits',    # 'digits' or 'aviary'
          shots:int=3,          # real images per category
@@ -113,7 +117,7 @@ def demo(out='diffii-demo',    # output folder: new, empty, or of the same demo,
     out = Path(out); steps = steps or Steps(); began = time.time()
     require(trials>=1, f'--trials {trials}: give a number of 1 or more')
     w = load_world(data); few,_ = few_shot(w.pool, shots, seed); pipe = load_pipeline(model)
-    _claim_demo(out)
+    claim(out, dict(data=data, shots=shots, model=model, seed=seed, quick=quick), '.demo.json')
     S = synthesize(pipe, few, out/'synthetic', w.suffixes, seed, concept_settings=dict(flip=w.flip, steps=20 if quick else None, batch_size=8 if quick else None), inversion_settings=dict(flip=w.flip),
                    progress=steps, **(dict(expansion=2) if quick else {}))
     accuracy = compare(few, S, w.test, trials, seed, w.flip, steps, **(dict(steps=30) if quick else {}))
@@ -126,13 +130,7 @@ def demo(out='diffii-demo',    # output folder: new, empty, or of the same demo,
     write_json(out/'results.json', r); write_report(out/'report.html', r, _pictures(few, S, circle_strip(pipe, concepts, pool, k=0 if len(pool.names[0])>1 else 1), r))
     return r
 
-# %% ../nbs/13_demo.ipynb #7dcd7287
-def _claim_demo(out):
-    "The demo's folder holds nothing but the demo's files."
-    foreign = [p.name for p in out.iterdir() if p.name not in ('synthetic','results.json','report.html')] if out.is_dir() else []
-    require(not out.exists() or out.is_dir(), f'--out {out}: is a file; give a folder')
-    require(not foreign, f'--out {out}: holds other files ({", ".join(sorted(foreign)[:3])}); give a new or empty folder')
-
+# %% ../nbs/13_demo.ipynb #e1bf9ddf
 def compare(few, synthetic, test, trials, seed, flip, progress, **settings) -> dict:
     "Accuracy in percent of classifiers trained on the original set, and on original + synthetic, over trials that differ in the classifier's seed."
     from diffii.classifier import train_classifier

@@ -6,14 +6,14 @@
 __all__ = ['ddim_step', 'Grid', 'ddim_grid', 'ddim_invert', 'latent_stats', 'InversionSettings', 'extra_views', 'InversionPool',
            'image_of']
 
-# %% ../nbs/06_inversion.ipynb #22b3ef38
+# %% ../nbs/06_inversion.ipynb #24203fdc
 import hashlib, warnings
 from dataclasses import dataclass, asdict
 from pathlib import Path
 import numpy as np, torch
 from PIL import Image, ImageOps
 from .core import UserError, require, generator, folder_name, save_tensors, load_tensors
-from .data import ImageSet
+from .data import ImageSet, digest
 from .pipeline import Pipeline, Conditioning
 from .concepts import Concepts, settings_for
 from accelerate import PartialState
@@ -130,7 +130,7 @@ def image_of(name:str) -> str:
     "The image behind an inversion's name: one image may have several inversions, 'x', 'x@1', 'x@2'."
     return name.rsplit('@',1)[0] if name.rsplit('@',1)[-1].isdigit() else name
 
-# %% ../nbs/06_inversion.ipynb #3882b323
+# %% ../nbs/06_inversion.ipynb #3dbc4cb2
 @patch(cls_method=True)
 def build(cls:InversionPool, pipe:Pipeline, images:ImageSet,
           concepts:Concepts, # attached to `pipe` by the caller
@@ -143,7 +143,7 @@ def build(cls:InversionPool, pipe:Pipeline, images:ImageSet,
     require(cfg.draws==1 or (cfg.draws>1 and cfg.forward_steps and cfg.steps), f'--draws {cfg.draws}: several inversions of an image differ in the noise of their forward steps; give --forward-steps 1 or more')
     K = len(images.classes); files = [folder and Path(folder)/f'{folder_name(c)}.safetensors' for c in images.classes]
     views = [_category_views(images, k, cfg) for k in range(K)]; sizes = [len(n) for _,n in views]
-    keys = [dict(names=n, pixels=[_digest(im) for im in ims], settings=asdict(cfg), concepts=_concepts_digest(concepts)) for ims,n in views]
+    keys = [dict(names=n, pixels=[digest(im) for im in ims], settings=asdict(cfg), concepts=_concepts_digest(concepts)) for ims,n in views]
     latents = [_read_category(f, key) for f,key in zip(files,keys)]
     ps = PartialState(); share = slice(ps.process_index,None,ps.num_processes) if folder else slice(None)
     todo = [g for g in _groups(range(K), sizes, pipe.batch_size) if any(latents[k] is None for k in g)][share]
@@ -171,8 +171,7 @@ def _invert_group(pipe, group, views, concepts, cfg): # -> one tensor for each c
                     pipe.encode_prompts(['']*len(ims)) if cfg.inversion_guidance!=1 else None)
     return [z.clone() for z in z.split(sizes)]
 
-# %% ../nbs/06_inversion.ipynb #7892b271
-def _digest(im): return hashlib.sha256(f'{im.size}'.encode()+im.tobytes()).hexdigest()[:16]
+# %% ../nbs/06_inversion.ipynb #37a550e7
 def _concepts_digest(c): return hashlib.sha256(b''.join(t.numpy().tobytes() for t in [*c.rows, *[c.lora[k] for k in sorted(c.lora)]])).hexdigest()[:16]
 
 def _groups(ks, sizes, batch):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from .core import require, write_json, atomic
 
-# %% ../nbs/13b_speed.ipynb #58f6a87a
+# %% ../nbs/13b_speed.ipynb #b96c0115
 def job(categories:int, images:int, expansion:int): # (image set, suffixes)
     "A set to invert and expand."
     from diffii.aviary import aviary_set, CONTEXTS
@@ -36,26 +36,29 @@ def one_by_one(model, images, suffixes, expansion, **settings) -> dict: # second
     from diffii.concepts import named_concepts
     from diffii.inversion import ddim_invert, InversionPool
     from diffii.synthesis import SynthesisSettings, make_plan, make_batch
+    import torch
     t = dict(loading=0., inverting=0., sampling=0., unet=0.); cfg = SynthesisSettings(expansion=expansion, **settings)
     for k in range(len(images.classes)):
         a = time.perf_counter(); pipe = load_pipeline(model, batch_size=2); b = time.perf_counter(); t['loading'] += b-a
         own = images.of_class(k); concepts = named_concepts(pipe, images)
         with unet_clock(pipe) as clock:
             z = []
-            for i in own: pipe.cache.clear(); z.append(ddim_invert(pipe, pipe.encode_images([images.open(i)]), pipe.encode_prompts([concepts.prompt(k)]), cfg.steps)[0])
-            c = time.perf_counter(); t['inverting'] += c-b; import torch
+            for i in own:
+                pipe.cache.clear(); z.append(ddim_invert(pipe, pipe.encode_images([images.open(i)]), pipe.encode_prompts([concepts.prompt(k)]), cfg.steps)[0])
+            c = time.perf_counter(); t['inverting'] += c-b
             pool = InversionPool((images.classes[k],), [torch.stack(z)], [[images.names[i] for i in own]], {})
-            for row in make_plan((images.classes[k],), pool, suffixes, cfg, [len(own)], model, 0, 1): pipe.cache.clear(); make_batch(pipe, concepts, pool, [row])
+            for row in make_plan((images.classes[k],), pool, suffixes, cfg, [len(own)], model, 0, 1):
+                pipe.cache.clear(); make_batch(pipe, concepts, pool, [row])
             t['sampling'] += time.perf_counter()-c; t['unet'] += sum(clock)
     return t
 
 def together(model, images, suffixes, expansion, batch_size=64, folder=None, **settings) -> dict:
     "This package: load once, mix categories in a batch, write images while the next are made."
+    from diffii.concepts import named_concepts
     from diffii.pipeline import load_pipeline
     from diffii.synthesis import synthesize
     t = dict(loading=0., inverting=0., sampling=0., unet=0.); a = time.perf_counter(); pipe = load_pipeline(model, batch_size=batch_size); t['loading'] = time.perf_counter()-a; marks = {}
     def mark(stage, done, n): marks.setdefault(stage, [time.perf_counter(),0]); marks[stage][1] = time.perf_counter()
-    from diffii.concepts import named_concepts
     with unet_clock(pipe) as clock: synthesize(pipe, images, folder, suffixes, concepts=named_concepts(pipe, images), inversion_settings=dict(forward_steps=0, fixed_point_iters=0), progress=mark, expansion=expansion, **settings)
     t['inverting'],t['sampling'] = (marks[s][1]-marks[s][0] for s in ('inversion','images')); t['unet'] = sum(clock)
     return t

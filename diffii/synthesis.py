@@ -7,14 +7,14 @@ __all__ = ['ATTEMPTS', 'STATE', 'CARD', 'SynthesisSettings', 'plan_row', 'begins
            'make_or_redraw', 'SyntheticSet', 'load_synthetic', 'synthesize', 'remake', 'load_concepts', 'load_pool',
            'status']
 
-# %% ../nbs/12_synthesis.ipynb #e2088808
+# %% ../nbs/12_synthesis.ipynb #3fd7577b
 import json, math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, asdict, field, replace
 from pathlib import Path
 import numpy as np, torch
 from accelerate import PartialState
-from .core import UserError, require, generator, seed_of, folder_name, atomic, write_json, read_json, load_tensors
+from .core import UserError, require, generator, seed_of, folder_name, atomic, claim, write_json, read_json, load_tensors
 from .data import ImageSet
 from .pipeline import Pipeline
 from .concepts import Concepts, ConceptSettings, learn_concepts, named_concepts, settings_for, model_digest, same_model
@@ -187,28 +187,7 @@ def _finish(out, run):
         tmp.write_text(CARD.format(n=len(done), version=__version__, method=m, paper=METHODS[m].paper or 'nothing is made', model=run['model'], real=len(run['images']), k=len(run['classes']),
             metaclass=run['metaclass'], seed=run['seed'], redrawn=f' {again} failed at first and were drawn again.' if again else '', out=out.name), encoding='utf-8')
 
-# %% ../nbs/12_synthesis.ipynb #b6dffff7
-def _claim(out, run):
-    "Take an output folder for this run, or raise `UserError`."
-    file = out/STATE/'run.json'
-    if not file.exists():
-        foreign = [p.name for p in out.iterdir() if p.name!=STATE] if out.is_dir() else []
-        require(not out.exists() or out.is_dir(), f'--out {out}: is a file; give a folder')
-        require(not foreign, f'--out {out}: holds other files ({", ".join(sorted(foreign)[:3])}); give a new or empty folder')
-        write_json(file, run); return
-    old = read_json(file); run = json.loads(json.dumps(run))
-    diff = [d for k in run for d in _differences(k, old.get(k), run[k])]
-    require(not diff, f'--out {out}: holds a run with other settings ({"; ".join(diff)}); give another folder, or the old settings to go on')
-
-def _differences(key, a, b):
-    "What differs between two values, setting by setting."
-    if isinstance(a,dict) and isinstance(b,dict): return [d for k in {**a,**b} for d in _differences(f'{key}: {k}', a.get(k), b.get(k))][:5]
-    return [] if a==b else [f'{key}: {_short(a)} then, {_short(b)} now']
-
-def _short(x):
-    s = json.dumps(x, ensure_ascii=False); return s if len(s)<80 else s[:77]+'...'
-
-# %% ../nbs/12_synthesis.ipynb #75d64558
+# %% ../nbs/12_synthesis.ipynb #e94636e9
 def synthesize(pipe:Pipeline,        # a loaded model
                images:ImageSet,      # the training images
                out,                  # output folder: new, empty, or of the same run, which is then continued
@@ -232,7 +211,7 @@ def synthesize(pipe:Pipeline,        # a loaded model
     run = dict(model=pipe.model, base=model_digest(pipe), classes=images.classes, metaclass=images.metaclass, images={n: images.digest(i) for i,n in enumerate(images.names)},
                suffixes=list(suffixes), seed=seed, size=pipe.size, synthesis=asdict(cfg), concepts=asdict(ccfg) if learn!='none' else None, inversion=asdict(icfg), batch_size=pipe.batch_size)
     ps = PartialState()
-    if ps.is_main_process: _claim(out, run)
+    if ps.is_main_process: claim(out, run, f'{STATE}/run.json')
     ps.wait_for_everyone()
     try:
         with FileLock(out/STATE/f'lock{ps.process_index or ""}', timeout=0): return _run(pipe, images, out, run, cfg, concepts, asdict(ccfg), asdict(icfg), progress)
