@@ -33,7 +33,7 @@ class Pictures:
     captions: list      # n lists of captions
     world: np.ndarray   # (n,) 0 for digits, 1 for birds
 
-def base_pictures(n_digits:int=16000, n_birds:int=24000, n_captions:int=6, seed:int=1) -> Pictures:
+def base_pictures(n_digits:int=16000, n_birds:int=48000, n_captions:int=6, seed:int=4) -> Pictures:
     "What the shipped model is trained on: bent digits of the base half, and drawn birds of the base species."
     rng = np.random.default_rng(seed); scans = load_halves()['base']['images']
     images,captions = [],[]
@@ -195,7 +195,7 @@ def save_tiny(models, folder):
 
 def train_tiny(work,                                 # folder of the checkpoints
                vae_run:Run=Run(1000, 2e-3),          # stage 1
-               unet_runs:tuple=(Run(3200, 1e-3, seed=1, horizon=4500), Run(4500, 1e-3, seed=3, digits=.5)), # stage 2, leg after leg
+               unet_runs:tuple=(Run(3200, 1e-3, seed=1, horizon=4500), Run(4500, 1e-3, seed=3, digits=.5), Run(6000, 1e-3, seed=5, digits=.4)), # stage 2, leg after leg
                decoder_run:Run=Run(1000, 1e-3, seed=2), # stage 3
                pics:Pictures|None=None,              # the pictures, by default `base_pictures()`
                each=lambda stage, step, loss, seconds: None # called after every step
