@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['IMAGENET', 'HALF', 'LONG_TAIL', 'PRESETS', 'square', 'Pixels', 'one_hot', 'Draws', 'shift', 'Prepare', 'small_net',
            'head_of', 'body_and_head', 'load_body', 'build_model', 'Scores', 'score', 'group_accuracy', 'Labelled',
-           'Views', 'lr_schedule', 'valid_accuracy', 'sgd', 'make_learner', 'cut_box', 'paste', 'Foregrounds',
-           'idle_batches', 'CMO', 'class_balanced_weights', 'weighted_loss', 'DRW', 'long_tail_callbacks', 'Result',
-           'train_classifier', 'evaluate', 'preset']
+           'Views', 'lr_schedule', 'valid_accuracy', 'sgd', 'make_learner', 'together', 'cut_box', 'paste',
+           'Foregrounds', 'idle_batches', 'CMO', 'class_balanced_weights', 'weighted_loss', 'DRW',
+           'long_tail_callbacks', 'Result', 'train_classifier', 'evaluate', 'preset']
 
 # %% ../nbs/10_classifier.ipynb #08f69901
-import math, time
+import contextlib, math, time
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 import numpy as np
 from PIL import Image, ImageOps
-from .core import UserError, require, seed_of
+from .core import UserError, require, seed_of, processes
 
 # %% ../nbs/10_classifier.ipynb #73db5266
 def square(im:Image.Image, # RGB image of any size
@@ -55,8 +55,9 @@ def one_hot(labels, n_classes:int) -> np.ndarray: # (n, K) float32
 
 class Draws:
     "The training stream: item `j` is draw `start + j`, a uint8 picture with its target row."
-    def __init__(self, real:Pixels, synthetic:Pixels|None=None, p:float=.5, seed:int=0, n:int=64):
-        self.real,self.synthetic,self.p,self.seed,self.n,self.start = real,synthetic,p,seed,n,0
+    def __init__(self, real:Pixels, synthetic:Pixels|None=None, p:float=.5, seed:int=0, n:int=64,
+                 rank:int=0, world:int=1): # of `world` processes this one has every `world`-th of the n draws, from number `rank` on
+        self.real,self.synthetic,self.p,self.seed,self.n,self.start,self.rank,self.world = real,synthetic,p,seed,n,0,rank,world
         K = len(real.s.classes); self.labels = np.asarray(real.s.labels); self.targets = one_hot(self.labels, K)
         if synthetic is not None:
             s = synthetic.s; own = np.asarray(getattr(s, 'source_labels', s.labels))
@@ -65,12 +66,12 @@ class Draws:
             require(self.syn_targets.shape==(len(s),K), f'synthetic set: targets have shape {self.syn_targets.shape}; give {(len(s),K)}')
             self.by_class = [np.flatnonzero(own==k) for k in range(K)]
         self._pass,self._order = None,None
-    def __len__(self): return self.n
+    def __len__(self): return self.n//self.world
     def order(self, p): # the order of pass number p through the real images
         if p != self._pass: self._pass,self._order = p, np.random.default_rng(seed_of(self.seed,'pass',p)).permutation(len(self.real))
         return self._order
     def pick(self, j) -> tuple: # (is it synthetic, position in its set)
-        n = self.start+j; p,k = divmod(n, len(self.real)); i = self.order(p)[k]
+        n = self.start+j*self.world+self.rank; p,k = divmod(n, len(self.real)); i = self.order(p)[k]
         if self.synthetic is None: return False,i
         rng = np.random.default_rng(seed_of(self.seed,'draw',n)); own = self.by_class[self.labels[i]]
         return (True, own[rng.integers(len(own))]) if len(own) and rng.random() < self.p else (False,i)
@@ -250,6 +251,10 @@ class Labelled:
         import torch
         return self.pixels[i], torch.from_numpy(self.targets[i])
 
+def _own(b, cpu=True, gather=True): # of several processes each keeps the predictions it made; fastai would join them
+    from fastai.torch_core import to_detach
+    return to_detach(b, cpu, False)
+
 @dataclass
 class Views:
     "How sets become batches for one network."
@@ -270,8 +275,9 @@ class Views:
     def loader(self, data, batch_size, kept=True, **prepare):
         "A fastai `DataLoader` of these items; `prepare` goes to `Prepare`."
         from fastai.data.load import DataLoader
-        return DataLoader(data, bs=batch_size, num_workers=0 if kept else self.n_workers, device=self.device,
-                          after_batch=Prepare(self.size, self.mean, self.std, **prepare))
+        dl = DataLoader(data, bs=batch_size, num_workers=0 if kept else self.n_workers, device=self.device,
+                        after_batch=Prepare(self.size, self.mean, self.std, **prepare))
+        dl.to_detach = _own; return dl
     def test_loader(self, s, batch_size=256, what='test set'):
         require(tuple(s.classes)==tuple(self.classes), f'{what}: its categories differ from those of the training set')
         require(len(s), f'{what}: no images')
@@ -288,7 +294,7 @@ def _watch(draws, has_valid, progress):
     "The callback that goes with a stream of draws."
     from fastai.callback.core import Callback, CancelValidException
     class Watch(Callback):
-        def before_train(self): draws.start = self.epoch*len(draws)
+        def before_train(self): draws.start = self.epoch*draws.n
         def before_validate(self):
             if not has_valid: raise CancelValidException()
         def after_loss(self):
@@ -303,7 +309,7 @@ def _keep_best():
     class KeepBest(TrackerCallback):
         def after_epoch(self):
             super().after_epoch()
-            if self.new_best: self.weights = {k: v.detach().clone() for k,v in self.learn.model.state_dict().items()}
+            if self.new_best: self.weights = {k.removeprefix('module.'): v.detach().clone() for k,v in self.learn.model.state_dict().items()}  # a name that data-parallel training puts before
         def after_fit(self): self.learn.model.load_state_dict(self.weights)
     return KeepBest(monitor='valid_accuracy')
 
@@ -324,17 +330,35 @@ def make_learner(train, views:Views, model, synthetic=None, valid=None, *, repla
     import torch
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner
+    ps = processes(); rank,world = ps.process_index, ps.num_processes
+    require(batch_size%world==0 and batch_size>=2*world, f'batch size {batch_size}: the {world} processes share every batch; give a multiple of {world} that leaves each two images')
     real = views.pixels(train, 'training set'); syn = views.pixels(synthetic, 'synthetic set') if synthetic is not None and len(synthetic) else None
     chunks = 1 if valid is None else min(10, steps); n = -(-steps//chunks)*batch_size
-    draws = Draws(real, syn, replacement_probability, seed, n)
+    draws = Draws(real, syn, replacement_probability, seed, n, rank, world)
     kept = real.cache is not None and (syn is None or syn.cache is not None)
-    tdl = views.loader(draws, batch_size, kept, train=True, flip=flip, scale=crop_scale, seed=seed)
+    tdl = views.loader(draws, batch_size//world, kept, train=True, flip=flip, scale=crop_scale, seed=seed_of(seed,'process',rank) if rank else seed)
     vdl = tdl if valid is None else views.loader(Labelled(views.pixels(valid,'validation set'), one_hot(valid.labels, len(views.classes))), 256)
     weight = None if class_weights is None else torch.as_tensor(np.asarray(class_weights), dtype=torch.float32, device=views.device)
     learn = Learner(DataLoaders(tdl, vdl, device=views.device), model, torch.nn.CrossEntropyLoss(weight=weight, label_smoothing=label_smoothing), sgd,
                     splitter=body_and_head, metrics=None if valid is None else valid_accuracy, wd=weight_decay, cbs=cbs)
     learn.views = views
     return learn, chunks
+
+# %% ../nbs/10_classifier.ipynb #99ad679d
+@contextlib.contextmanager
+def together(learn): # a learner of `make_learner`; every process must come here
+    "A block in which the processes of `accelerate launch` train one network; with a single process nothing changes."
+    import torch
+    ps = processes()
+    if ps.num_processes==1: yield; return
+    import fastai.distributed
+    from fastai.callback.progress import ProgressCallback
+    cpu = ps.device.type=='cpu'
+    with learn.distrib_ctx(sync_bn=not cpu, cpu=cpu):
+        learn.distributed_trainer._wrap_dl = lambda dl: dl
+        yield
+    learn.remove_cb(ProgressCallback)  # fastai gives the others one when it leaves
+    for t in learn.model.state_dict().values(): torch.distributed.broadcast(t, 0)
 
 # %% ../nbs/10_classifier.ipynb #bd7aee4a
 def cut_box(h:int, w:int, # of the image
@@ -362,12 +386,12 @@ class Foregrounds:
                  seed:int=0):
         w = np.bincount(draws.labels)[draws.labels]**-float(power)
         self.draws,self.weights,self.seed,self.prepare = draws,w/w.sum(),seed,copy(prepare)
-        self.prepare.seed = seed_of(seed,'foreground')
+        self.prepare.seed = seed_of(seed,'foreground',*([draws.rank] if draws.rank else []))
     def pick(self, n:int, bs:int): # positions in the real set
         return np.random.default_rng(seed_of(self.seed,'foreground',n)).choice(len(self.weights), bs, p=self.weights)
     def __call__(self, n:int, bs:int, device='cpu') -> tuple: # images and target rows for batch number n
         import torch
-        at = self.pick(n,bs); self.prepare.batch = n
+        d = self.draws; at = self.pick(n,bs*d.world)[d.rank::d.world]; self.prepare.batch = n
         return self.prepare((torch.stack([self.draws.real[i] for i in at]).to(device), torch.from_numpy(self.draws.targets[at]).to(device)))
 
 # %% ../nbs/10_classifier.ipynb #908a64fa
@@ -391,7 +415,7 @@ def CMO(p:float=.5,      # chance that a batch is pasted on
         def before_fit(self): self.foregrounds = Foregrounds(self.dls.train.dataset, self.dls.train.after_batch, power, seed)
         def before_batch(self):
             n,total,(x,),(y,) = self.train_iter, self.n_epoch*self.n_iter, self.xb, self.yb
-            idle = idle_batches(total, len(self.foregrounds.weights), self.dls.train.bs, off); rng = np.random.default_rng(seed_of(seed,'cmo',n))
+            idle = idle_batches(total, len(self.foregrounds.weights), self.dls.train.bs*self.foregrounds.draws.world, off); rng = np.random.default_rng(seed_of(seed,'cmo',n))
             if not idle <= n < total-idle or rng.random() >= p: return
             x,y = paste(x, y, *self.foregrounds(n, len(x), x.device), cut_box(*x.shape[-2:], rng))
             self.learn.xb,self.learn.yb = (x,),(y,)
@@ -475,20 +499,23 @@ def train_classifier(train,                        # real images: an `ImageSet`
     "Train a classifier on real images, with synthetic ones in their place at times, and report on the test set."
     settings = {k: v for k,v in locals().items() if k not in ('train','test','synthetic','valid','class_weights','progress','cbs')}
     import torch
-    _check(train, replacement_probability, steps, epochs, batch_size)
+    from accelerate.utils import broadcast_object_list
+    ps = processes(); _check(train, replacement_probability, steps, epochs, batch_size)
     extra = long_tail_callbacks(long_tail_method, seed)
     steps = steps if epochs is None else -(-int(epochs*len(train))//batch_size) or 1
-    lr = lr or (.1 if arch=='small' else .01); device = str(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    lr = lr or (.1 if arch=='small' else .01); device = str(ps.device if ps.num_processes>1 else device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     settings.update(steps=steps, lr=lr, device=device, n_train=len(train), n_synthetic=0 if synthetic is None else len(synthetic))
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(seed,'classifier'))
         model,stats = build_model(arch, len(train.classes), size, pretrained)
+        if ps.process_index: torch.manual_seed(seed_of(seed,'classifier',ps.process_index))  # the same network, another dropout
         views = Views(tuple(train.classes), size, resize or (size if size<128 else size*8//7), **stats, room=cache_gb*1e9, n_workers=n_workers, device=device)
         learn,chunks = make_learner(train, views, model.to(device, memory_format=torch.channels_last), synthetic, valid, steps=steps, batch_size=batch_size,
             replacement_probability=replacement_probability, weight_decay=weight_decay, label_smoothing=label_smoothing, class_weights=class_weights,
             flip=flip, crop_scale=crop_scale, seed=seed, cbs=cbs)
         seconds = _fit(learn, chunks, lr, body_lr, warmup, valid is not None, progress, extra)
-    scores = evaluate(learn, test) if test is not None else Scores()
+    scores = evaluate(learn, test) if test is not None and ps.is_main_process else Scores()
+    if ps.num_processes>1: scores = broadcast_object_list([scores])[0]
     return Result(**vars(scores), seconds=seconds, learner=learn, settings=settings)
 
 # %% ../nbs/10_classifier.ipynb #c166d63e
@@ -498,16 +525,15 @@ def _check(train, p, steps, epochs, batch_size):
     require(steps >= 1 and batch_size >= 2 and (epochs is None or epochs > 0), f'steps {steps}, epochs {epochs}, batch size {batch_size}: give at least 1 step and 2 images')
 
 def _fit(learn, chunks, lr, body_lr, warmup, has_valid, progress, extra): # seconds
-    import contextlib
     from fastai.callback.schedule import ParamScheduler
     from fastai.callback.progress import ProgressCallback
     cbs = [ParamScheduler({'lr': lr_schedule(lr*np.array([body_lr,1.]), warmup)}), _watch(learn.dls.train.dataset, has_valid, progress), *extra]
     if has_valid: cbs.append(_keep_best())
     bar = getattr(learn, 'progress', None)
     if bar is not None: learn.remove_cb(bar)    # notebooks get one by default
-    if progress is True: cbs.append(ProgressCallback())
+    if progress is True and not learn.dls.train.dataset.rank: cbs.append(ProgressCallback())
     start = time.time()
-    with contextlib.nullcontext() if progress is True else learn.no_logging(): learn.fit(chunks, cbs=cbs)
+    with contextlib.nullcontext() if progress is True else learn.no_logging(), together(learn): learn.fit(chunks, cbs=cbs)
     return time.time()-start
 
 def evaluate(model,             # what `train_classifier` returned, or its learner
@@ -516,7 +542,7 @@ def evaluate(model,             # what `train_classifier` returned, or its learn
             ) -> Scores:
     "Scores of a trained classifier on a test set."
     learn = getattr(model,'learner',model); dl = learn.views.test_loader(test, batch_size)
-    probabilities,_ = learn.get_preds(dl=dl, act=_softmax)
+    probabilities,_ = learn.get_preds(dl=dl, act=_softmax, reorder=False)
     return score(probabilities.cpu().numpy(), test)
 
 def _softmax(x): return x.float().softmax(-1)

@@ -8,9 +8,9 @@ __all__ = ['app', 'Opt', 'SMALL_MODEL', 'ImagesOpt', 'MetaclassOpt', 'OutOpt', '
            'SafetyCheckerOpt', 'BatchSizeOpt', 'SuffixesOpt', 'CaptionerOpt', 'SummariserOpt', 'MethodOpt',
            'ExpansionOpt', 'SplitRatioOpt', 'GuidanceOpt', 'StepsOpt', 'InterpolationOpt', 'StrengthsOpt', 'GammaOpt',
            'GuidedOpt', 'SolverOpt', 'StrideOpt', 'EqualNormsOpt', 'ConceptsOpt', 'ConceptStepsOpt', 'ConceptLrOpt',
-           'TokenLrOpt', 'ConceptBatchOpt', 'TokensOpt', 'RankOpt', 'InitWordOpt', 'BalancedOpt', 'ForwardStepsOpt',
-           'FixedPointItersOpt', 'DrawsOpt', 'FlipOpt', 'ViewsOpt', 'top', 'main', 'demo', 'augment', 'benchmark',
-           'speed', 'status', 'remake']
+           'TokenLrOpt', 'ConceptBatchOpt', 'TokensOpt', 'RankOpt', 'InitWordOpt', 'BalancedOpt', 'TrackerOpt',
+           'SampleEveryOpt', 'ForwardStepsOpt', 'FixedPointItersOpt', 'DrawsOpt', 'FlipOpt', 'ViewsOpt', 'top', 'main',
+           'demo', 'augment', 'benchmark', 'speed', 'status', 'remake']
 
 # %% ../nbs/14_cli.ipynb #34c1c6f9
 import sys, warnings
@@ -110,7 +110,7 @@ EqualNormsOpt = Annotated[Optional[bool], Opt(help='Bring the inversions of a pa
 
 # %% ../nbs/14_cli.ipynb #cc3b29a0
 # concepts and inversion
-ConceptsOpt = Annotated[Optional[Path], Opt(help='Folder of concepts learned before.')]
+ConceptsOpt = Annotated[Optional[Path], Opt(help="Concepts learned before: a run's .diffii/concepts, or a published file or folder, as of Diff-Mix, diffusers or A1111.")]
 ConceptStepsOpt = Annotated[Optional[int], Opt(help='Steps of concept learning. [35000]')]
 ConceptLrOpt = Annotated[Optional[float], Opt(help='Learning rate of the LoRA. [5e-5]')]
 TokenLrOpt = Annotated[Optional[float], Opt(help='Learning rate of the tokens. [5e-5]')]
@@ -119,6 +119,8 @@ TokensOpt = Annotated[Optional[int], Opt(help='Learned tokens per category. [1]'
 RankOpt = Annotated[Optional[int], Opt(help='Rank of the LoRA; 0 for none. [10]')]
 InitWordOpt = Annotated[Optional[str], Opt(help='Word whose embedding the tokens start from. [the metaclass]')]
 BalancedOpt = Annotated[Optional[bool], Opt(help='Draw categories evenly in concept learning (long tails). [off]')]
+TrackerOpt = Annotated[Optional[str], Opt(help='What follows concept learning: tensorboard (its files go to OUT/.diffii/concepts/log), wandb, or another that accelerate knows.')]
+SampleEveryOpt = Annotated[int, Opt(help='Steps between the sample pictures that a tracker gets; 0 for none.')]
 ForwardStepsOpt = Annotated[Optional[int], Opt(help='First inversion steps made by adding noise. [0]')]
 FixedPointItersOpt = Annotated[Optional[int], Opt(help='Corrections of every inversion step. [0]')]
 DrawsOpt = Annotated[Optional[int], Opt(help='Inversions of each image, with other noise in their forward steps. [1]')]
@@ -134,12 +136,11 @@ def augment(images:ImagesOpt, metaclass:MetaclassOpt, out:OutOpt, model:ModelOpt
             equal_norms:EqualNormsOpt=None, concepts:ConceptsOpt=None, concept_steps:ConceptStepsOpt=None, concept_lr:ConceptLrOpt=None,
             token_lr:TokenLrOpt=None, concept_batch:ConceptBatchOpt=None, tokens:TokensOpt=None, rank:RankOpt=None, init_word:InitWordOpt=None,
             balanced:BalancedOpt=None, forward_steps:ForwardStepsOpt=None, fixed_point_iters:FixedPointItersOpt=None, draws:DrawsOpt=None,
-            flip:FlipOpt=True, views:ViewsOpt=True, image_column:ImageColumnOpt='file_name', label_column:LabelColumnOpt='label', log:LogOpt=None,
+            flip:FlipOpt=True, views:ViewsOpt=True, tracker:TrackerOpt=None, sample_every:SampleEveryOpt=500, image_column:ImageColumnOpt='file_name', label_column:LabelColumnOpt='label', log:LogOpt=None,
             skip_bad:SkipBadOpt=False, seed:SeedOpt=0, device:DeviceOpt=None, dtype:DtypeOpt='float32', variant:VariantOpt=None,
             size:SizeOpt=None, safety_checker:SafetyCheckerOpt=False, batch_size:BatchSizeOpt=64):
     "Diff-II on your own images. Settings in [brackets] are the paper's; the shipped model recommends some of its own."
-    from accelerate import PartialState
-    from diffii.concepts import Concepts
+    from diffii.concepts import open_concepts, check_tracker
     from diffii.data import few_shot, image_folder, image_table
     from diffii.demo import Steps
     from diffii.pipeline import load_pipeline
@@ -147,19 +148,25 @@ def augment(images:ImagesOpt, metaclass:MetaclassOpt, out:OutOpt, model:ModelOpt
     from diffii.synthesis import synthesize, SynthesisSettings, settings_for
     given = dict(method=method, strengths=_numbers('--strengths', strengths), gamma=gamma, guided=_numbers('--guided', guided), solver=solver, stride=stride, expansion=expansion,
                  split_ratio=split_ratio, guidance_scale=guidance, steps=steps, interpolation=interpolation, equal_norms=equal_norms)
-    settings_for(SynthesisSettings, {}, **given)  # wrong options are told before anything is loaded
+    settings_for(SynthesisSettings, {}, **given); check_tracker(tracker)  # wrong options are told before anything is loaded
     real = image_table(images, None, image_column, label_column, metaclass=metaclass) if images.suffix=='.csv' else image_folder(images, metaclass, skip_bad)
     if shots: real,_ = few_shot(real, shots, seed)
     chosen,source = choose_suffixes(suffixes, metaclass, real, captioner, summariser, seed, fallback=GENERAL)
-    say = print if PartialState().is_main_process else lambda *a: None  # of several processes the first one speaks
+    say = _say()
     say(f"{len(real)} images of {len(real.classes)} categories ({metaclass}); {len(chosen)} suffixes: {source}")
     if model=='tiny' and metaclass not in ('digit','bird'): say(SMALL_MODEL)
-    S = synthesize(load_pipeline(model, device, dtype, variant, size, batch_size, safety_checker), real, out, chosen, seed, Concepts.load(concepts) if concepts else None,
+    pipe = load_pipeline(model, device, dtype, variant, size, batch_size, safety_checker)
+    S = synthesize(pipe, real, out, chosen, seed, open_concepts(pipe, concepts, real.classes, metaclass) if concepts else None,
                    dict(steps=concept_steps, lr=concept_lr, token_lr=token_lr, batch_size=concept_batch, n_tokens=tokens, rank=rank, init_word=init_word, balanced=balanced, flip=None if flip else False),
-                   dict(forward_steps=forward_steps, fixed_point_iters=fixed_point_iters, draws=draws, flip=flip, views=views), Steps(quiet=say is not print, log=log if say is print else None), **given)
+                   dict(forward_steps=forward_steps, fixed_point_iters=fixed_point_iters, draws=draws, flip=flip, views=views), Steps(quiet=say is not print, log=log if say is print else None), tracker, sample_every, **given)
     say(f'{len(S)} synthetic images in {out}')
 
 # %% ../nbs/14_cli.ipynb #6e56567a
+def _say(): # -> print, or a function that is silent
+    "Of several processes the first one speaks."
+    from diffii.core import processes
+    return print if processes().is_main_process else lambda *a: None
+
 def _numbers(option, text, kind=float):
     "A comma-separated list of numbers, or None."
     from diffii.core import UserError
@@ -194,15 +201,15 @@ def benchmark(task:Annotated[str, typer.Argument(help='few-shot, long-tail, ood,
     "An experiment of the paper: a table with the spread over trials, as CSV, JSON and a plot."
     from diffii.demo import Steps
     from diffii.experiments import benchmark as run, compared, read_cells
-    out = out or Path('diffii-benchmark')/f'{task}-{Path(dataset).name}'
+    say = _say(); out = out or Path('diffii-benchmark')/f'{task}-{Path(dataset).name}'
     training = {k:v for k,v in dict(epochs=epochs, steps=steps, lr=lr, pretrained=pretrained or None).items() if v is not None}
     t = run(task, dataset, out, _numbers('--shots',shots,int), _numbers('--imbalance',imbalance), methods and tuple(methods.split(',')), _numbers('--values',values), trials, arch, size, training, model, root, test,
-            metaclass, clip and tuple(clip.rsplit(':',1)), seed, device, dtype, quick, Steps(log=log))
-    if t is None or not len(t): print(f'see {out}'); return
-    print(t.round(2).to_string(index=False, na_rep=''))
+            metaclass, clip and tuple(clip.rsplit(':',1)), seed, device, dtype, quick, Steps(quiet=say is not print, log=log if say is print else None))
+    if t is None or not len(t): say(f'see {out}'); return
+    say(t.round(2).to_string(index=False, na_rep=''))
     for s in t.setting.unique():
-        for other,d,half,word in compared(read_cells(out), s): print(f'{s}: diff-ii {word} against {other}: {d:+.1f} points' + (f' (95 % interval +- {half:.1f})' if half<1e9 else ' (one trial)'))
-    print(f'see {out}/table.csv, table.json and plot.png')
+        for other,d,half,word in compared(read_cells(out), s): say(f'{s}: diff-ii {word} against {other}: {d:+.1f} points' + (f' (95 % interval +- {half:.1f})' if half<1e9 else ' (one trial)'))
+    say(f'see {out}/table.csv, table.json and plot.png')
 
 # %% ../nbs/14_cli.ipynb #bea4393c
 @app.command()

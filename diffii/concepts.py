@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ADAPTER', 'LORA_TARGETS', 'FORMATS', 'ExtraRows', 'ConceptSettings', 'settings_for', 'Concepts', 'named_concepts',
-           'model_digest', 'same_model', 'lora_config', 'ConceptLearner', 'concept_training', 'deterministic',
-           'learn_concepts', 'read_weights', 'lora_to_peft', 'read_embeddings', 'import_concepts']
+           'model_digest', 'same_model', 'lora_config', 'ConceptLearner', 'concept_training', 'check_tracker',
+           'sample_row', 'deterministic', 'learn_concepts', 'read_weights', 'lora_to_peft', 'read_embeddings',
+           'import_concepts', 'open_concepts']
 
 # %% ../nbs/05_concepts.ipynb #85a6ea98
 from contextlib import contextmanager
@@ -15,12 +16,11 @@ import copy, hashlib, json, re
 import numpy as np, torch
 import torch.nn.functional as F
 from torch import nn
-from accelerate import PartialState
 from fastcore.basics import patch
 from safetensors import safe_open
-from .core import UserError, require, atomic, folder_name, generator, seed_of, read_json, write_json, save_tensors, load_tensors, optimizer_tensors, load_optimizer_tensors
+from .core import UserError, require, processes, atomic, folder_name, generator, seed_of, read_json, write_json, save_tensors, load_tensors, optimizer_tensors, load_optimizer_tensors
 from .data import ImageSet
-from .pipeline import Pipeline, Conditioning
+from .pipeline import Pipeline, Conditioning, out_of_memory
 
 # %% ../nbs/05_concepts.ipynb #23929ae2
 class ExtraRows(nn.Module):
@@ -193,11 +193,10 @@ def _start_rows(pipe, count, cfg, metaclass, seed):
     return out
 
 # %% ../nbs/05_concepts.ipynb #cb0e54fb
-def concept_training(pipe:Pipeline, images:ImageSet, cfg:ConceptSettings, seed:int=0, folder=None):
+def concept_training(pipe:Pipeline, images:ImageSet, cfg:ConceptSettings, seed:int=0, folder=None, tracker=None, sample_every:int=500):
     "Generator behind `learn_concepts`: yields (step, loss) and returns the `Concepts`; the caller has progress and interruption in hand."
-    from accelerate import Accelerator
     from peft import get_peft_model_state_dict
-    K = len(images.classes)
+    K = len(images.classes); acc = _accelerator(pipe, folder, cfg, tracker)
     got = Concepts(images.classes, images.metaclass, asdict(cfg), model_digest(pipe), _start_rows(pipe, K*cfg.n_tokens, cfg, images.metaclass, seed), {})
     pictures = [images.open(i) for i in range(len(images))]
     views = torch.stack([pipe.encode_images(p) for p in ([pictures] + ([[im.transpose(0) for im in pictures]] if cfg.flip else []))], 1)  # 0: FLIP_LEFT_RIGHT
@@ -212,19 +211,65 @@ def concept_training(pipe:Pipeline, images:ImageSet, cfg:ConceptSettings, seed:i
         rows = [getattr(pipe.pipe,e).get_input_embeddings().rows for _,e in pipe.text_parts]
         lora = [p for _,p in params] if cfg.rank else []
         opt = torch.optim.AdamW([dict(params=rows, lr=cfg.token_lr), *([dict(params=lora, lr=cfg.lr)] if lora else [])], weight_decay=cfg.weight_decay)
-        acc = Accelerator(mixed_precision={torch.float16:'fp16', torch.bfloat16:'bf16'}.get(pipe.dtype,'no') if pipe.device.type=='cuda' else 'no', cpu=pipe.device.type=='cpu')
         learner,opt = acc.prepare(ConceptLearner(pipe, [got.prompt(k) for k in range(K)]), opt)
         file = folder and Path(folder)/'checkpoint.safetensors'
         start = _resume(file, got, opt, rows+lora, seed) if file and file.exists() else 0
         for step in range(start, cfg.steps):
-            yield step+1, _train_step(acc, learner, opt, rows+lora, cfg, _draw_batch(step, seed, cfg, labels, views.shape[1], views.shape[2:]), views, labels, got.log)
+            with _room(cfg): loss = _train_step(acc, learner, opt, rows+lora, cfg, _draw_batch(step, seed, cfg, labels, views.shape[1], views.shape[2:]), views, labels, got.log)
+            acc.log({'loss': loss}, step=step+1)
+            if sample_every and acc.trackers and (step+1)%sample_every==0:
+                with _room(cfg): _log_samples(acc, pipe, [got.prompt(k) for k in range(min(K,4))], seed, step+1)
+            yield step+1, loss
             if file and acc.is_main_process and ((step+1)%cfg.save_every==0): _checkpoint(file, got, opt, rows+lora, step+1, seed)
         got.rows = [r.detach().cpu().clone() for r in rows]
         if cfg.rank: got.lora = {k: v.detach().cpu().clone() for k,v in get_peft_model_state_dict(pipe.unet, adapter_name=ADAPTER).items()}
     finally:
         off()
         if cfg.rank: pipe.pipe.unload_lora_weights()
+        for t in acc.trackers: t.finish()
     return got
+
+# %% ../nbs/05_concepts.ipynb #3f4bf7fa
+def check_tracker(tracker): # a name, an accelerate tracker, a list of these, or None
+    "Raise `UserError` for a tracker that accelerate does not know, and for one whose package is not installed."
+    from accelerate.tracking import GeneralTracker, LOGGER_TYPE_TO_CLASS, get_available_trackers
+    there = [getattr(t,'value',t) for t in get_available_trackers()]
+    for t in tracker if isinstance(tracker,(list,tuple)) else [tracker]:
+        if t is None or isinstance(t, GeneralTracker): continue
+        require(t in LOGGER_TYPE_TO_CLASS, f'--tracker {t}: one of {", ".join(sorted(LOGGER_TYPE_TO_CLASS))}')
+        require(t in there, f'--tracker {t}: is not installed; run: pip install {t.replace("_","-")}')
+
+def _accelerator(pipe, folder, cfg, tracker):
+    "accelerate's `Accelerator` for this pipeline, with trackers that have begun."
+    from accelerate import Accelerator
+    check_tracker(tracker); log = dict(log_with=tracker, project_dir=Path(folder or '.')/'log') if tracker else {}
+    acc = Accelerator(mixed_precision={torch.float16:'fp16', torch.bfloat16:'bf16'}.get(pipe.dtype,'no') if pipe.device.type=='cuda' else 'no', cpu=pipe.device.type=='cpu', **log)
+    try: acc.init_trackers('concepts', asdict(cfg))
+    except Exception as e: raise UserError(f'--tracker {tracker}: does not start ({(str(e).strip() or type(e).__name__).splitlines()[0]}); set it up, or go on without') from e
+    return acc
+
+# %% ../nbs/05_concepts.ipynb #8756cbe0
+@torch.no_grad()
+def sample_row(pipe:Pipeline, prompts:list, seed:int=0, steps:int=10) -> np.ndarray: # (height, n*width, 3) uint8
+    "A quick picture for each prompt, side by side: a few DDIM steps from a noise of its own. One at a time, since training has the memory."
+    scale = pipe.recommended.get('synthesis',{}).get('guidance_scale',7.5); shape = (1, pipe.unet.config.in_channels, *[pipe.size//pipe.pipe.vae_scale_factor]*2)
+    a = pipe.abar().tolist(); walk = torch.linspace(len(a)-1, 0, steps+1).round().int().tolist(); none = pipe.encode_prompts(['']); out = []
+    for i,p in enumerate(prompts):
+        x = torch.randn(shape, generator=generator(seed,'sample',i)).to(pipe.device); both = Conditioning.cat([none, pipe.encode_ids(pipe.tokenize([p]))])  # not kept: the words change
+        for t,s in zip(walk, walk[1:]):
+            u,e = pipe.predict_eps(x.repeat(2,1,1,1), t, both).chunk(2); e = u+scale*(e-u)
+            x = (a[s]/a[t])**.5*(x-(1-a[t])**.5*e) + (1-a[s])**.5*e
+        out += pipe.decode_latents(x)
+    return np.concatenate([np.asarray(im) for im in out], 1)
+
+def _log_samples(acc, pipe, prompts, seed, step):
+    "Send a row of samples to the trackers that take pictures."
+    able = [t for t in acc.trackers if hasattr(t,'log_images')]
+    if not able or not acc.is_main_process: return
+    row = sample_row(pipe, prompts, seed)
+    for t in able:
+        if t.name=='tensorboard': t.log_images({'samples': row[None]}, step=step, dataformats='NHWC')
+        else: t.log_images({'samples': [row]}, step=step)
 
 # %% ../nbs/05_concepts.ipynb #e58f1039
 @contextmanager
@@ -234,6 +279,15 @@ def deterministic(on:bool=True): # off leaves everything as it is
     if on: torch.use_deterministic_algorithms(True, warn_only=True)
     try: yield
     finally: torch.use_deterministic_algorithms(old, warn_only=warn)
+
+# %% ../nbs/05_concepts.ipynb #0cf77a01
+@contextmanager
+def _room(cfg):
+    "A block in which a full memory is a `UserError` that names the batch of concept learning."
+    try: yield
+    except (RuntimeError, MemoryError) as e:
+        if not out_of_memory(e): raise
+        raise UserError(f'--concept-batch {cfg.batch_size}: memory ran out in concept learning; give a smaller one, --dtype float16 or a smaller --size, or more processes, which share the batch') from e
 
 # %% ../nbs/05_concepts.ipynb #fa999ec7
 def _train_step(acc, learner, opt, params, cfg, batch, views, labels, log):
@@ -269,18 +323,24 @@ def learn_concepts(pipe:Pipeline,    # the model; it is left as it was
                    seed:int=0,
                    folder=None,      # where checkpoints and the result go; a second call goes on or returns what is there
                    progress=None,    # called with (step, steps, loss) after every step
+                   tracker=None,     # follows the learning: a name accelerate knows, as 'tensorboard' or 'wandb', one of its trackers, or a list
+                   sample_every:int=500, # steps between the sample pictures that a tracker gets; 0 for none
                    **settings        # of `ConceptSettings`; by default the model's recommendation, then the paper's
                   ) -> Concepts:
     "Learn token embeddings for every category and one LoRA for all (step 1 of Diff-II)."
     cfg = settings_for(ConceptSettings, pipe.recommended.get('concepts',{}), **settings)
     require(len(images), 'learn_concepts: the image set is empty')
-    n = PartialState().num_processes; require(cfg.batch_size%n==0, f'--concept-batch {cfg.batch_size}: give a multiple of the {n} processes, which share every batch')
-    steps = concept_training(pipe, images, cfg, seed, folder)
+    n = processes().num_processes; require(cfg.batch_size%n==0, f'--concept-batch {cfg.batch_size}: give a multiple of the {n} processes, which share every batch')
+    if folder and (Path(folder)/'concepts.json').is_file():
+        got = Concepts.load(folder); same = got.settings==asdict(cfg) and tuple(got.classes)==tuple(images.classes) and same_model(got.base, model_digest(pipe))
+        require(same, f'{folder}: holds concepts of other settings, categories or another model; delete it, or give another folder')
+        return got
+    steps = concept_training(pipe, images, cfg, seed, folder, tracker, sample_every)
     while True:
         try: step,loss = next(steps)
         except StopIteration as e: got = e.value; break
         if progress: progress(step, cfg.steps, loss)
-    if folder and PartialState().is_main_process:
+    if folder and processes().is_main_process:
         got.save(folder); (Path(folder)/'checkpoint.safetensors').unlink(missing_ok=True)
     return got
 
@@ -432,6 +492,11 @@ def import_concepts(pipe:Pipeline,   # the model they were learned on
     file = _lora_file(embeds, lora); weights = _import_lora(pipe, file) if file else {}
     settings = ConceptSettings(n_tokens=n, rank=max([len(v) for k,v in weights.items() if '.lora_A.' in k], default=0), steps=0)  # learned elsewhere
     return Concepts(tuple(match), metaclass, asdict(settings), model_digest(pipe), [torch.cat(e) for e in zip(*parts)], weights)
+
+# %% ../nbs/05_concepts.ipynb #0976916d
+def open_concepts(pipe:Pipeline, place, classes=None, metaclass='object') -> Concepts:
+    "The concepts that `learn_concepts` wrote to a folder, or those of a published file or folder, see `import_concepts`."
+    return Concepts.load(place) if (Path(place)/'concepts.json').is_file() else import_concepts(pipe, place, classes=classes, metaclass=metaclass)
 
 # %% ../nbs/05_concepts.ipynb #43be6eab
 def _export_diff_mix(c, folder):

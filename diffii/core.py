@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UserError', 'require', 'seed_of', 'generator', 'atomic', 'write_json', 'read_json', 'save_tensors', 'load_tensors',
-           'optimizer_tensors', 'load_optimizer_tensors', 'claim', 'differences', 'folder_name']
+           'optimizer_tensors', 'load_optimizer_tensors', 'processes', 'claim', 'differences', 'folder_name']
 
 # %% ../nbs/00_core.ipynb #0f8a5a06
 import contextlib, hashlib, json, os, re, unicodedata
@@ -80,6 +80,15 @@ def load_optimizer_tensors(opt, tensors:dict, prefix='opt.'):
             i,name = k[len(prefix):].split('.',1); state.setdefault(int(i),{})[name] = v
     opt.load_state_dict(dict(state=state, param_groups=opt.state_dict()['param_groups']))
 
+# %% ../nbs/00_core.ipynb #ae82e044
+def processes(): # -> accelerate.PartialState
+    "This process among those of the run: its number, how many there are, its device, and a place to wait for the others."
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+    import torch
+    alone = int(os.environ.get('WORLD_SIZE', 1))==1; gpu = any(getattr(torch,k).is_available() for k in ('cuda','xpu') if hasattr(torch,k))
+    return PartialState(cpu=parse_flag_from_env('ACCELERATE_USE_CPU') or not (alone or gpu))
+
 # %% ../nbs/00_core.ipynb #9dbb0f26
 def claim(out,         # output folder: new, empty, or of the same run
           about:dict,  # what the run is, as it can stand in JSON
@@ -89,9 +98,10 @@ def claim(out,         # output folder: new, empty, or of the same run
     out = Path(out); file = out/record
     require(not out.exists() or out.is_dir(), f'--out {out}: is a file; give a folder')
     if not file.is_file():
-        foreign = [p.name for p in out.iterdir() if p.name!=Path(record).parts[0]] if out.is_dir() else []
-        require(not foreign, f'--out {out}: holds other files ({", ".join(sorted(foreign)[:3])}); give a new or empty folder')
-        write_json(file, about); return
+        foreign = [p.name for p in out.iterdir() if p.name!=Path(record).parts[0] and not p.name.startswith(f'.{record}.')] if out.is_dir() else []
+        require(not foreign or file.is_file(), f'--out {out}: holds other files ({", ".join(sorted(foreign)[:3])}); give a new or empty folder')
+        if not foreign: write_json(file, about); return
+        # another process of this run has begun just now
     diff = differences(read_json(file), json.loads(json.dumps(about)))
     require(not diff, f'--out {out}: holds a run with other settings ({"; ".join(diff[:5])}); give another folder, or the old settings to go on')
 

@@ -145,11 +145,12 @@ def compare(few, synthetic, test, trials, seed, flip, progress, **settings) -> d
     return {k: dict(zip(('mean','sd','ci95'), map(finite, spread(v))), trials=v) for k,v in got.items()}
 
 def verdict(accuracy:dict) -> str:
-    "What the numbers say, in a sentence."
-    a,b = accuracy['original'],accuracy['original + synthetic']; gain = b['mean']-a['mean']
-    if not gain: return 'The synthetic images made no difference here.'
-    return (f"The synthetic images {'raised' if gain>0 else 'lowered'} the mean accuracy by {abs(gain):.1f} points, " +
-            (f"which is {gain/max(100-a['mean'],1e-9):.0%} of the error." if gain>0 else 'a loss.'))
+    "What the numbers say, in a sentence: the mean difference within the trials, and whether its 95 % interval holds 0."
+    from diffii.metrics import spread
+    a,b = (accuracy[k] for k in ('original','original + synthetic')); d = spread([y-x for x,y in zip(a['trials'],b['trials'])]); gain = d.mean
+    said = f"The synthetic images changed the mean accuracy by {gain:+.1f} points" + (f", {gain/max(100-a['mean'],1e-9):.0%} of the error" if gain>0 else '')
+    if d.ci95!=d.ci95: return said+' in one trial.'
+    return said+f" (95 % interval +- {d.ci95:.1f}): " + ('a gain.' if gain>d.ci95 else 'a loss.' if gain<-d.ci95 else 'a tie.')
 
 def _diversity(few, S, progress):
     "LPIPS diversity of real and synthetic images, or None and the reason."

@@ -47,20 +47,19 @@ def two_stage_denoise(pipe:Pipeline,
     "Denoise a batch, every image under its own prompts (arXiv 2408.16266, Section 3.3)."
     first = n_suffixed(split_ratio, steps); check_fast(guided, solver, stride)
     require(not first or suffixed is not None, 'two_stage_denoise: split_ratio above 0 needs suffixed prompts')
-    grid = ddim_grid(pipe, steps); walk = [*range(start, steps, stride), steps]; out = []
+    grid = ddim_grid(pipe, steps); walk = [*range(start, steps, stride), steps]
     if guidance_scale != 1:
         negative = negative or pipe.encode_prompts([''])
         if len(negative)==1: negative = negative[[0]*len(latents)]
-    half = max(1, pipe.batch_size//(2 if guidance_scale!=1 else 1))
-    for i in range(0, len(latents), half):
-        s = slice(i, i+half); x = latents[s].to(pipe.device); memory = None
+    def denoise(s):
+        x = latents[s].to(pipe.device); memory = None
         for j,k in zip(walk, walk[1:]):
             scale = guidance_scale if guided[0] <= j/steps < guided[1] else 1
             eps = _guided(pipe, x, grid.timesteps[j], (suffixed if j < first else plain)[s], None if scale==1 else negative[s], scale)
             if solver=='ddim': x = ddim_step(x, eps, grid.abar[j], grid.abar[k])
             else: x,memory = dpm_step(x, eps, grid.abar[j], grid.abar[k], memory)
-        out.append(x.cpu())
-    return torch.cat(out) if out else latents
+        return x.cpu()
+    return torch.cat(pipe.in_parts(denoise, len(latents), 2 if guidance_scale!=1 else 1)) if len(latents) else latents
 
 def check_fast(guided, solver, stride):
     "Raise `UserError` for settings that make no sense."
@@ -68,7 +67,8 @@ def check_fast(guided, solver, stride):
     require(solver in ('ddim','dpm++'), f'--solver {solver}: ddim or dpm++'); require(stride>=1, f'--stride {stride}: give 1 or more')
 
 def _guided(pipe, x, t, cond, negative, scale):
-    "Predicted noise with classifier-free guidance: one call of the U-Net on both prompts."
+    "Predicted noise with classifier-free guidance: one call of the U-Net on both prompts, two where memory has room for one image."
     if negative is None: return pipe.predict_eps(x, t, cond)
-    u,e = pipe.predict_eps(torch.cat([x,x]), t, Conditioning.cat([negative,cond])).chunk(2)
+    if pipe.at_once==1: u,e = pipe.predict_eps(x, t, negative), pipe.predict_eps(x, t, cond)
+    else: u,e = pipe.predict_eps(torch.cat([x,x]), t, Conditioning.cat([negative,cond])).chunk(2)
     return u + scale*(e-u)

@@ -6,7 +6,7 @@
 __all__ = ['FEW_SHOT_ROWS', 'LONG_TAIL_ROWS', 'ABLATION', 'PAPER_SPLIT', 'TASKS', 'VALUES', 'Row', 'method_rows', 'sweep',
            'Setting', 'settings_of', 'open_world', 'train_judge', 'clip_faithfulness', 'Bench', 'get_concepts',
            'make_synthetic', 'run_cell', 'published_number', 'read_cells', 'paired_gain', 'summarise', 'compared',
-           'plot_table', 'strength_strips', 'benchmark', 'report']
+           'plot_table', 'strength_strips', 'benchmark', 'report', 'show_results']
 
 # %% ../nbs/13a_experiments.ipynb #6417e017
 import json, time
@@ -43,7 +43,7 @@ def sweep(setting, values) -> list:
 
 ABLATION = [Row('original'), *[Row(f'circle {"yes" if c else "no"}, two-stage {"yes" if t else "no"}', dict(method='diff-ii', interpolation='circle' if c else 'none', **({} if t else dict(split_ratio=0.))))
                               for t in (False,True) for c in (False,True)],
-            Row('circle yes, two-stage yes, plain inversion', dict(method='diff-ii'), inversion=dict(forward_steps=0, fixed_point_iters=0))]
+            Row('circle yes, two-stage yes, plain inversion', dict(method='diff-ii'), inversion=dict(forward_steps=0, fixed_point_iters=0, draws=1))]
 
 # %% ../nbs/13a_experiments.ipynb #7365248f
 @dataclass
@@ -298,3 +298,15 @@ def report(out, task, settings, arch='small'):
     fig = plot_table(t, task)
     with atomic(Path(out)/'plot.png') as tmp: fig.savefig(tmp, format='png')
     plt.close(fig); return t
+
+# %% ../nbs/13a_experiments.ipynb #44727161
+def show_results(out): # folder of an experiment that was run -> pandas table
+    "Print the table of a finished experiment and how diff-ii stands against each other row, and draw its plot."
+    import pandas as pd
+    out = Path(out); require((out/'table.json').is_file(), f'{out}: no finished experiment; run diffii benchmark with this folder as --out')
+    t = pd.DataFrame(read_json(out/'table.json')).dropna(axis=1, how='all'); cells = read_cells(out)
+    print(t.to_string(index=False, na_rep='', float_format='{:.1f}'.format, formatters={'lpips': '{:.3f}'.format} if 'lpips' in t else None))
+    for s in t.setting.unique():
+        for o,d,half,word in compared(cells, s): print(f'{s}: diff-ii {word} against {o}: {d:+.1f} points (95 % interval +- {half:.1f})')
+    plot_table(t, read_json(out/'experiment.json')['task'])
+    return t

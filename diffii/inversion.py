@@ -12,11 +12,10 @@ from dataclasses import dataclass, asdict
 from pathlib import Path
 import numpy as np, torch
 from PIL import Image, ImageOps
-from .core import UserError, require, generator, folder_name, save_tensors, load_tensors
+from .core import UserError, require, processes, generator, folder_name, save_tensors, load_tensors
 from .data import ImageSet, digest
 from .pipeline import Pipeline, Conditioning
 from .concepts import Concepts, settings_for
-from accelerate import PartialState
 from fastcore.basics import patch
 
 # %% ../nbs/06_inversion.ipynb #f6b5505c
@@ -40,10 +39,12 @@ def ddim_grid(pipe:Pipeline, steps:int=25) -> Grid:
     "The timesteps and levels that diffusers' DDIM scheduler would use for this model."
     from diffusers import DDIMScheduler
     require(1 <= steps <= 1000, f'--steps {steps}: give a number from 1 to 1000')
-    s = DDIMScheduler.from_config(pipe.pipe.scheduler.config, clip_sample=False, thresholding=False); s.set_timesteps(steps)
-    t = [int(i) for i in s.timesteps]; jump = s.config.num_train_timesteps//steps
-    level = lambda i: float(s.alphas_cumprod[i]) if i>=0 else float(s.final_alpha_cumprod)
-    return Grid(tuple(t), tuple([level(t[0])] + [level(i-jump) for i in t]))
+    s = DDIMScheduler.from_config(pipe.pipe.scheduler.config, clip_sample=False, thresholding=False); how = s.config.timestep_spacing; last = s.config.num_train_timesteps-1
+    require(how in ('leading','trailing','linspace'), f"--model {pipe.model}: timestep_spacing '{how}' of its scheduler is not supported; set leading, trailing or linspace in scheduler/scheduler_config.json")
+    s.set_timesteps(steps); t = [int(i) for i in s.timesteps]; after = t[-1]-(last+1)//steps
+    require(len(t)==steps and 0<=min(t) and 0<max(t)<=last, f"--steps {steps}: gives no grid of timesteps from 0 to {last} with the spacing '{how}'; give another number, as 25 or 50")
+    require(s.alphas_cumprod[t[0]]>0, f'--model {pipe.model}: its noise schedule ends in pure noise, from which no step leads back (rescale_betas_zero_snr); give another model')
+    return Grid(tuple(t), tuple(float(s.alphas_cumprod[i]) for i in t) + (float(s.alphas_cumprod[after] if after>=0 else s.final_alpha_cumprod),))
 
 # %% ../nbs/06_inversion.ipynb #a1a914cd
 @torch.inference_mode()
@@ -61,21 +62,20 @@ def ddim_invert(pipe:Pipeline,
     require(0 <= forward_steps < steps, f'--forward-steps {forward_steps}: give 0 to {steps-1}')
     require(forward_steps==0 or noise is not None, 'ddim_invert: forward_steps needs noise')
     if guidance_scale != 1: warnings.warn(f'inversion at guidance {guidance_scale} does not lead back to the image; 1 does')
-    grid = ddim_grid(pipe, steps); out = []
+    grid = ddim_grid(pipe, steps); k = steps-forward_steps
     def eps(x, t, s):
         e = pipe.predict_eps(x, t, cond[s])
         if guidance_scale == 1: return e
         u = pipe.predict_eps(x, t, negative[s]); return u + guidance_scale*(e-u)
-    for i in range(0, len(latents), pipe.batch_size):
-        s = slice(i, i+pipe.batch_size); x = latents[s].to(pipe.device)
-        k = steps-forward_steps
+    def invert(s):
+        x = latents[s].to(pipe.device)
         if forward_steps: x = grid.abar[k]**.5*x + (1-grid.abar[k])**.5*noise[s].to(pipe.device)
         for j in reversed(range(k)):
             y = ddim_step(x, eps(x, grid.timesteps[j], s), grid.abar[j+1], grid.abar[j])
             for _ in range(fixed_point_iters): y = ddim_step(x, eps(y, grid.timesteps[j], s), grid.abar[j+1], grid.abar[j])
             x = y
-        out.append(x.cpu())
-    return torch.cat(out)
+        return x.cpu()
+    return torch.cat(pipe.in_parts(invert, len(latents)))
 
 # %% ../nbs/06_inversion.ipynb #4f656046
 def latent_stats(z:torch.Tensor # (n, c, h, w) latents
@@ -140,12 +140,12 @@ def build(cls:InversionPool, pipe:Pipeline, images:ImageSet,
          ) -> InversionPool:
     "Invert every image under its category's plain prompt."
     cfg = settings_for(InversionSettings, pipe.recommended.get('inversion',{}), **settings)
-    require(cfg.draws==1 or (cfg.draws>1 and cfg.forward_steps and cfg.steps), f'--draws {cfg.draws}: several inversions of an image differ in the noise of their forward steps; give --forward-steps 1 or more')
+    require(cfg.draws==1 or (cfg.draws>1 and cfg.forward_steps and cfg.steps), f'--draws {cfg.draws}: several inversions of an image differ in the noise of their forward steps; give --forward-steps 1 or more, or --draws 1')
     K = len(images.classes); files = [folder and Path(folder)/f'{folder_name(c)}.safetensors' for c in images.classes]
     views = [_category_views(images, k, cfg) for k in range(K)]; sizes = [len(n) for _,n in views]
     keys = [dict(names=n, pixels=[digest(im) for im in ims], settings=asdict(cfg), concepts=_concepts_digest(concepts)) for ims,n in views]
     latents = [_read_category(f, key) for f,key in zip(files,keys)]
-    ps = PartialState(); share = slice(ps.process_index,None,ps.num_processes) if folder else slice(None)
+    ps = processes(); share = slice(ps.process_index,None,ps.num_processes) if folder else slice(None)
     todo = [g for g in _groups(range(K), sizes, pipe.batch_size) if any(latents[k] is None for k in g)][share]
     every = sum(sizes); done = every-sum(sizes[k] for g in todo for k in g)
     if progress: progress(done, every)

@@ -59,7 +59,7 @@ def together(model, images, suffixes, expansion, batch_size=64, folder=None, **s
     from diffii.synthesis import synthesize
     t = dict(loading=0., inverting=0., sampling=0., unet=0.); a = time.perf_counter(); pipe = load_pipeline(model, batch_size=batch_size); t['loading'] = time.perf_counter()-a; marks = {}
     def mark(stage, done, n): marks.setdefault(stage, [time.perf_counter(),0]); marks[stage][1] = time.perf_counter()
-    with unet_clock(pipe) as clock: synthesize(pipe, images, folder, suffixes, concepts=named_concepts(pipe, images), inversion_settings=dict(forward_steps=0, fixed_point_iters=0), progress=mark, expansion=expansion, **settings)
+    with unet_clock(pipe) as clock: synthesize(pipe, images, folder, suffixes, concepts=named_concepts(pipe, images), inversion_settings=dict(forward_steps=0, fixed_point_iters=0, draws=1), progress=mark, expansion=expansion, **settings)
     t['inverting'],t['sampling'] = (marks[s][1]-marks[s][0] for s in ('inversion','images')); t['unet'] = sum(clock)
     return t
 

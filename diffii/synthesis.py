@@ -13,11 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, asdict, field, replace
 from pathlib import Path
 import numpy as np, torch
-from accelerate import PartialState
-from .core import UserError, require, generator, seed_of, folder_name, atomic, claim, write_json, read_json, load_tensors
+from .core import UserError, require, processes, generator, seed_of, folder_name, atomic, claim, write_json, read_json, load_tensors
 from .data import ImageSet
 from .pipeline import Pipeline
-from .concepts import Concepts, ConceptSettings, learn_concepts, named_concepts, settings_for, model_digest, same_model
+from .concepts import Concepts, ConceptSettings, learn_concepts, named_concepts, check_tracker, settings_for, model_digest, same_model
 from .inversion import InversionPool, InversionSettings, ddim_grid, image_of
 from .interpolation import slerp, angle, draw_pairs, draw_strength
 from .denoising import two_stage_denoise, n_suffixed, check_fast
@@ -62,7 +61,7 @@ class SynthesisSettings:
 def plan_row(classes, k, j, sources, pool, suffixes, cfg, model, seed, attempt=0) -> dict:
     "Everything about image `j` that stands in for real images of category `k`; another `attempt` draws noise, place on the circle and suffix anew."
     c = classes[k]; m = METHODS[cfg.method]; fixed = generator(seed,'image',c,j); gen = generator(seed,'image',c,j,*([attempt] if attempt else []))
-    row = dict(method=cfg.method, model=model, seed=seed, index=j, attempt=attempt, source_label=c, sources=[pool.names[k][i] for i in sources], strength=None, alpha=None)
+    row = dict(method=cfg.method, model=model, seed=seed, index=j, attempt=attempt, at_once=None, source_label=c, sources=[pool.names[k][i] for i in sources], strength=None, alpha=None)
     if cfg.start=='circle':
         alpha = angle(*(pool.latents[k][i][None] for i in sources)).item()
         row |= dict(strength=draw_strength(alpha, gen, cfg.interpolation), alpha=alpha)
@@ -105,7 +104,13 @@ def start_latents(rows:list, pool:InversionPool|None, pipe:Pipeline) -> torch.Te
     return noise if r['start']=='noise' else noised(of(0), noise, ddim_grid(pipe, r['steps']).abar[begins_at(r)])
 
 def make_batch(pipe:Pipeline, concepts:Concepts, pool:InversionPool|None, rows:list) -> list: # of Pillow images; None where one failed
-    "The synthetic images of one batch of the plan; `concepts` are attached to `pipe`."
+    "The synthetic images of one batch of the plan; `concepts` are attached to `pipe`, whose `at_once` says afterwards in which parts they were made."
+    pipe.at_once = min(pipe.at_once, rows[0].get('at_once') or pipe.at_once)
+    while True:
+        n = pipe.at_once; images = _make_batch(pipe, concepts, pool, rows)
+        if pipe.at_once==n: return images  # else memory ran out on the way: all of it again in the smaller parts
+
+def _make_batch(pipe, concepts, pool, rows):
     r = rows[0]; labels = [concepts.classes.index(x['label']) for x in rows]
     plain = pipe.encode_prompts([concepts.prompt(k) for k in labels])
     suffixed = pipe.encode_prompts([concepts.prompt(k, x['suffix']) for k,x in zip(labels,rows)]) if n_suffixed(r['split_ratio'], r['steps']) else None
@@ -121,14 +126,16 @@ ATTEMPTS = 3 # seeds tried for one image
 
 def make_or_redraw(pipe, concepts, pool, rows:list,
                    redraw # (row, attempt) -> another row for the same file
-                  ) -> tuple: # (images, rows of all further attempts)
+                  ) -> tuple: # (images, rows of all further attempts, and of the batch itself where it was made in parts)
     "Make a batch; what fails is made again from other seeds. Raises `UserError` when an image fails every time."
     images,todo,now,tries = [None]*len(rows),range(len(rows)),rows,[]
     for attempt in range(1, ATTEMPTS+1):
         for i,im in zip(todo, make_batch(pipe, concepts, pool, now)): images[i] = im
+        if pipe.at_once<pipe.batch_size: now = [r|dict(at_once=pipe.at_once) for r in now]
+        if attempt>1 or now[0]['at_once']: tries += now
         todo = [i for i in todo if images[i] is None]
         if not todo: return images,tries
-        now = [redraw(rows[i], attempt)|dict(batch=-(rows[i]['batch']*ATTEMPTS+attempt)) for i in todo]; tries += now
+        now = [redraw(rows[i], attempt)|dict(batch=-(rows[i]['batch']*ATTEMPTS+attempt)) for i in todo]
     raise UserError(f"{rows[todo[0]]['label']}: {len(todo)} images of a batch are not finite, of one colour, or flagged, from {ATTEMPTS} seeds; use --dtype float32 or bfloat16, or a smaller --guidance")
 
 # %% ../nbs/12_synthesis.ipynb #11bbb95a
@@ -161,7 +168,7 @@ def _write_rows(file, rows):
     with atomic(file) as tmp: tmp.write_text(''.join(json.dumps(r, ensure_ascii=False)+'\n' for r in rows), encoding='utf-8')
 
 # %% ../nbs/12_synthesis.ipynb #c2b5bb2a
-def _all_rows(state): # the plan and every further attempt
+def _all_rows(state): # the plan, then what replaces its rows
     return _read_rows(state/'plan.jsonl') + [r for f in sorted((state/'redrawn').glob('*.jsonl')) for r in _read_rows(f)]
 
 def _final_rows(state) -> list:
@@ -197,11 +204,12 @@ def synthesize(pipe:Pipeline,        # a loaded model
                concept_settings:dict|None=None,   # of `ConceptSettings`
                inversion_settings:dict|None=None, # of `InversionSettings`
                progress=lambda stage, done, all: None,
+               tracker=None, sample_every:int=500, # what follows the learning of concepts, see `learn_concepts`; no part of the run's settings
                **settings            # of `SynthesisSettings`, as `method='diff-mix'`; by default the model's recommendation, then the paper's
               ) -> SyntheticSet:
     "Make `expansion` synthetic images for every real one, by Diff-II or another of `METHODS`. Raises `UserError` for unusable input, before anything is written."
     from filelock import FileLock, Timeout
-    out = Path(out); cfg = settings_for(SynthesisSettings, pipe.recommended.get('synthesis',{}), **settings); learn = METHODS[cfg.method].learn
+    check_tracker(tracker); out = Path(out); cfg = settings_for(SynthesisSettings, pipe.recommended.get('synthesis',{}), **settings); learn = METHODS[cfg.method].learn
     ccfg = settings_for(ConceptSettings, pipe.recommended.get('concepts',{}), **{**(concept_settings or {}), **({'rank':0} if learn=='tokens' else {})})
     if concepts is not None and learn!='none': ccfg = ConceptSettings(**concepts.settings)
     icfg = settings_for(InversionSettings, pipe.recommended.get('inversion',{}), **{'steps': cfg.steps, **(inversion_settings or {}), **({} if cfg.start=='circle' else {'steps':0, 'draws':1})})
@@ -210,17 +218,17 @@ def synthesize(pipe:Pipeline,        # a loaded model
     require(learn!='tokens' or not ccfg.rank, f'--concepts: {cfg.method} learns tokens alone, these have a LoRA; learn others with --rank 0')
     run = dict(model=pipe.model, base=model_digest(pipe), classes=images.classes, metaclass=images.metaclass, images={n: images.digest(i) for i,n in enumerate(images.names)},
                suffixes=list(suffixes), seed=seed, size=pipe.size, synthesis=asdict(cfg), concepts=asdict(ccfg) if learn!='none' else None, inversion=asdict(icfg), batch_size=pipe.batch_size)
-    ps = PartialState()
+    ps = processes()
     if ps.is_main_process: claim(out, run, f'{STATE}/run.json')
     ps.wait_for_everyone()
     try:
-        with FileLock(out/STATE/f'lock{ps.process_index or ""}', timeout=0): return _run(pipe, images, out, run, cfg, concepts, asdict(ccfg), asdict(icfg), progress)
+        with FileLock(out/STATE/f'lock{ps.process_index or ""}', timeout=0): return _run(pipe, images, out, run, cfg, concepts, {**asdict(ccfg), 'tracker': tracker, 'sample_every': sample_every}, asdict(icfg), progress)
     except Timeout as e: raise UserError(f'--out {out}: another run is writing there; wait for it, or give another folder') from e
 
 # %% ../nbs/12_synthesis.ipynb #22e1e19d
 def _run(pipe, images, out, run, cfg, concepts, ccfg, icfg, progress):
     "The four steps, inside the lock."
-    state = out/STATE; seed = run['seed']; ps = PartialState()
+    state = out/STATE; seed = run['seed']; ps = processes()
     if ps.num_processes==1:
         for p in out.rglob('.*.tmp'): p.unlink()  # what a killed run left half-written
     concepts = _get_concepts(pipe, images, seed, state/'concepts', concepts, ccfg, METHODS[cfg.method].learn, lambda s,n,loss: progress('concepts',s,n))
@@ -247,19 +255,19 @@ def _get_concepts(pipe, images, seed, folder, given, settings, learn, progress):
     if (folder/'concepts.json').exists(): return Concepts.load(folder)
     if given is None: return learn_concepts(pipe, images, seed, folder, progress, **settings)
     require(tuple(given.classes)==tuple(images.classes), '--concepts: were learned for other categories; learn them again, or give the images they belong to')
-    if PartialState().is_main_process: given.save(folder)
+    if processes().is_main_process: given.save(folder)
     return given
 
 # %% ../nbs/12_synthesis.ipynb #1d0dd926
 def _make_all(pipe, concepts, pool, rows, out, redraw, progress):
     "Make what is missing, batch by batch, writing in a thread; of several processes each makes its share."
-    ps = PartialState(); dropped = set(read_json(out/STATE/'dropped.json')) if (out/STATE/'dropped.json').is_file() else ()
+    ps = processes(); dropped = set(read_json(out/STATE/'dropped.json')) if (out/STATE/'dropped.json').is_file() else ()
     todo = [b for b in _by_batch(rows) if not all(r['file_name'] in dropped or (out/r['file_name']).is_file() for r in b)]
-    done = len(rows)-sum(map(len,todo)); progress(done, len(rows))
+    done = len(rows)-sum(map(len,todo)); progress(done, len(rows)); parts = {r['batch']: r.get('at_once') for r in _all_rows(out/STATE)}
     with ThreadPoolExecutor(1) as writer:
         jobs = []
         for b in todo[ps.process_index::ps.num_processes]:
-            images,tries = make_or_redraw(pipe, concepts, pool, b, redraw)
+            images,tries = make_or_redraw(pipe, concepts, pool, [r|dict(at_once=parts.get(r['batch'])) for r in b], redraw)
             if tries: _write_rows(out/STATE/'redrawn'/f"{b[0]['batch']}.jsonl", tries)
             for j in jobs: j.result()
             jobs = [writer.submit(_write_png, im, out/r['file_name']) for im,r in zip(images,b) if r['file_name'] not in dropped]
@@ -297,9 +305,12 @@ def remake(pipe:Pipeline,  # the model the folder was made with
     row = next((r for r in _read_rows(folder/'metadata.jsonl') if r['file_name']==file_name), None)
     require(row, f'{file_name}: no such image in {folder}/metadata.jsonl')
     require(same_model(run['base'], model_digest(pipe)), f"--model {pipe.model}: the images were made with another model ({run['model']})")
-    concepts = load_concepts(folder); batch = [r for r in _all_rows(folder/STATE) if r['batch']==row['batch']]
+    concepts = load_concepts(folder); batch = list({r['file_name']: r for r in _all_rows(folder/STATE) if r['batch']==row['batch']}.values())
     pool = load_pool(folder/STATE/'pool', run['classes']) if row['sources'] else None
-    with concepts.attached(pipe): return make_batch(pipe, concepts, pool, batch)[batch.index(row)]
+    room,pipe.at_once = pipe.at_once, row.get('at_once') or run['batch_size']
+    try:
+        with concepts.attached(pipe): return make_batch(pipe, concepts, pool, batch)[batch.index(row)]
+    finally: pipe.at_once = room
 
 def load_concepts(folder) -> Concepts:
     "The concepts of a run's folder, learned or named."

@@ -6,7 +6,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from diffii.core import UserError
 from diffii.data import ImageSet
-from diffii.concepts import Concepts, ConceptSettings, FORMATS, _start_rows, import_concepts, learn_concepts, model_digest, read_weights, same_model
+from diffii.concepts import Concepts, ConceptSettings, FORMATS, _start_rows, import_concepts, learn_concepts, model_digest, read_weights, same_model, sample_row
 from diffii.denoising import two_stage_denoise
 from diffii.inversion import InversionPool
 from diffii.pipeline import Pipeline, load_pipeline
@@ -92,6 +92,7 @@ def test_from_images_to_images(checkpoint, kind, dtype):
     with got.attached(pipe), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # a random network's inversions are not Gaussian
         assert {p.dtype for m in (pipe.unet,pipe.pipe.text_encoder) for k,p in m.named_parameters() if 'lora_' in k or 'rows' in k}=={torch.float32}
+        assert sample_row(pipe, [got.prompt(0),got.prompt(1)]).shape==(16,32,3)  # what a tracker is shown
         z = torch.cat(InversionPool.build(pipe, TREES, got, steps=10).latents); labels = TREES.labels
         out = two_stage_denoise(pipe, z, pipe.encode_prompts([got.prompt(k) for k in labels]), pipe.encode_prompts([got.prompt(k,'in the rain.') for k in labels]), .3, 3., steps=10)
         images = pipe.decode_latents(out)

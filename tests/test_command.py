@@ -56,6 +56,28 @@ def test_another_method_is_watched_and_made_again(cli, garden, tmp_path):
     r = cli('augment', garden, '--metaclass', 'flower', '--out', out, '--method', 'real-mix', *QUICK, ok=False)
     assert 'synthesis: method: "diff-mix" then, "real-mix" now' in r.stderr
 
+def test_concepts_in_published_formats(cli, garden, tmp_path):
+    "What one run learned, in the files of other programs, gives the next run the same pictures."
+    from diffii.concepts import Concepts, FORMATS
+    common = ('augment', garden, '--metaclass', 'flower', *QUICK); cli(*common, '--tokens', 1, '--out', tmp_path/'learned'); got = Concepts.load(tmp_path/'learned'/'.diffii'/'concepts'); assert got.lora
+    for form in FORMATS:
+        got.export(tmp_path/form, form); (tmp_path/form/'concepts.json').unlink(missing_ok=True)
+        if form=='diffusers': continue  # without our list of names nothing says which category <c0> is
+        assert '12 synthetic images' in cli(*common, '--concepts', tmp_path/form, '--out', tmp_path/f'out-{form}').stdout
+        for f in (tmp_path/'learned').glob('*/*.png'): assert f.read_bytes()==(tmp_path/f'out-{form}'/f.relative_to(tmp_path/'learned')).read_bytes()
+    assert 'no token for' in (r := cli(*common, '--concepts', tmp_path/'diffusers', '--out', tmp_path/'x', ok=False)).stderr and len(r.stderr.strip().splitlines())==1 and not (tmp_path/'x').exists()
+
+def test_a_tracker_follows_concept_learning(cli, garden, tmp_path):
+    pytest.importorskip('tensorboard'); from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    common = ('augment', garden, '--metaclass', 'flower', '--steps', 3, '--expansion', 2, '--concept-steps', 5)
+    cli(*common, '--out', tmp_path/'plain'); cli(*common, '--out', tmp_path/'out', '--tracker', 'tensorboard', '--sample-every', 2); log = tmp_path/'out'/'.diffii'/'concepts'/'log'/'concepts'
+    events = EventAccumulator(str(log)).Reload(); kept = json.loads((tmp_path/'out'/'.diffii'/'concepts'/'concepts.json').read_text())
+    assert [s.step for s in events.Scalars('loss')]==[1,2,3,4,5] and np.allclose([s.value for s in events.Scalars('loss')], kept['log'], rtol=1e-6)
+    assert [(s.step,s.width,s.height) for s in events.Images('samples')]==[(2,96,32),(4,96,32)]  # three categories, side by side
+    assert files_of(tmp_path/'out')==files_of(tmp_path/'plain')                            # it changed nothing
+    assert '12 synthetic images' in cli(*common, '--out', tmp_path/'out').stdout           # and is no part of the settings
+    r = cli(*common, '--out', tmp_path/'x', '--tracker', 'paper', ok=False); assert '--tracker paper: one of' in r.stderr and len(r.stderr.strip().splitlines())==1 and not (tmp_path/'x').exists()
+
 def test_a_table_with_columns_of_its_own(cli, garden, tmp_path):
     files = [(p,p.parent.name) for p in sorted(garden.glob('*/*.jpg')) if p.name[0]!='.']
     (tmp_path/'t.csv').write_text('path,kind\n'+''.join(f'{p},"{k}"\n' for p,k in files), encoding='utf-8')
@@ -84,7 +106,7 @@ def mistakes(garden, tmp_path):
             'expansion 0': ((garden,'--expansion',0), '--expansion 0'), 'split ratio 1.5': ((garden,'--split-ratio',1.5), '--split-ratio 1.5'),
             'unknown model': ((garden,'--model','nobody/nothing'), '--model nobody/nothing'), 'used folder': ((garden,'--out',tmp_path/'used'), 'thesis.tex'),
             'out is a file': ((garden,'--out',tmp_path/'file'), 'file'), 'no suffix list': ((garden,'--suffixes','5-shot Dodos'), '5-shot Dodos'), 'shots': ((garden,'--shots',3), '--shots 3'),
-            'no concepts': ((garden,'--concepts',tmp_path/'empty'), 'concepts.json')}
+            'no concepts': ((garden,'--concepts',tmp_path/'empty'), 'no file of embeddings')}
 
 @pytest.mark.parametrize('case', ['empty folder','no folder','class without images','truncated','zero bytes','text as jpg','expansion 0','split ratio 1.5','unknown model','used folder',
                                   'out is a file','no suffix list','shots','no concepts'])
