@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['app', 'Opt', 'SMALL_MODEL', 'ImagesOpt', 'MetaclassOpt', 'OutOpt', 'ShotsOpt', 'SkipBadOpt', 'ImageColumnOpt',
            'LabelColumnOpt', 'SeedOpt', 'LogOpt', 'ModelOpt', 'DeviceOpt', 'DtypeOpt', 'VariantOpt', 'SizeOpt',
-           'SafetyCheckerOpt', 'BatchSizeOpt', 'SuffixesOpt', 'CaptionerOpt', 'SummariserOpt', 'MethodOpt',
-           'ExpansionOpt', 'SplitRatioOpt', 'GuidanceOpt', 'StepsOpt', 'InterpolationOpt', 'StrengthsOpt', 'GammaOpt',
-           'GuidedOpt', 'SolverOpt', 'StrideOpt', 'EqualNormsOpt', 'ConceptsOpt', 'ConceptStepsOpt', 'ConceptLrOpt',
-           'TokenLrOpt', 'ConceptBatchOpt', 'TokensOpt', 'RankOpt', 'InitWordOpt', 'BalancedOpt', 'TrackerOpt',
-           'SampleEveryOpt', 'ForwardStepsOpt', 'FixedPointItersOpt', 'DrawsOpt', 'FlipOpt', 'ViewsOpt', 'top', 'main',
-           'demo', 'augment', 'benchmark', 'speed', 'status', 'remake']
+           'SafetyCheckerOpt', 'BatchSizeOpt', 'CompileOpt', 'SuffixesOpt', 'CaptionerOpt', 'SummariserOpt',
+           'MethodOpt', 'ExpansionOpt', 'SplitRatioOpt', 'GuidanceOpt', 'StepsOpt', 'InterpolationOpt', 'StrengthsOpt',
+           'GammaOpt', 'GuidedOpt', 'SolverOpt', 'StrideOpt', 'EqualNormsOpt', 'ConceptsOpt', 'ConceptStepsOpt',
+           'ConceptLrOpt', 'TokenLrOpt', 'ConceptBatchOpt', 'TokensOpt', 'RankOpt', 'InitWordOpt', 'BalancedOpt',
+           'TrackerOpt', 'SampleEveryOpt', 'ForwardStepsOpt', 'FixedPointItersOpt', 'DrawsOpt', 'FlipOpt', 'ViewsOpt',
+           'top', 'main', 'demo', 'augment', 'benchmark', 'speed', 'status', 'remake']
 
 # %% ../nbs/14_cli.ipynb #34c1c6f9
 import sys, warnings
@@ -86,6 +86,7 @@ VariantOpt = Annotated[Optional[str], Opt(help='Variant of the weight files, as 
 SizeOpt = Annotated[Optional[int], Opt(help="Side of the images in pixels. [the model's own]")]
 SafetyCheckerOpt = Annotated[bool, Opt('--safety-checker', help="Keep the model's safety checker; what it flags is drawn again.")]
 BatchSizeOpt = Annotated[int, Opt(help='Images per U-Net call.')]
+CompileOpt = Annotated[bool, Opt('--compile', help='Compile the U-Net with torch.compile first, which takes a minute or more.')]
 
 # %% ../nbs/14_cli.ipynb #a9046d39
 # contexts
@@ -138,7 +139,7 @@ def augment(images:ImagesOpt, metaclass:MetaclassOpt, out:OutOpt, model:ModelOpt
             balanced:BalancedOpt=None, forward_steps:ForwardStepsOpt=None, fixed_point_iters:FixedPointItersOpt=None, draws:DrawsOpt=None,
             flip:FlipOpt=True, views:ViewsOpt=True, tracker:TrackerOpt=None, sample_every:SampleEveryOpt=500, image_column:ImageColumnOpt='file_name', label_column:LabelColumnOpt='label', log:LogOpt=None,
             skip_bad:SkipBadOpt=False, seed:SeedOpt=0, device:DeviceOpt=None, dtype:DtypeOpt='float32', variant:VariantOpt=None,
-            size:SizeOpt=None, safety_checker:SafetyCheckerOpt=False, batch_size:BatchSizeOpt=64):
+            size:SizeOpt=None, safety_checker:SafetyCheckerOpt=False, batch_size:BatchSizeOpt=64, compile:CompileOpt=False):
     "Diff-II on your own images. Settings in [brackets] are the paper's; the shipped model recommends some of its own."
     from diffii.concepts import open_concepts, check_tracker
     from diffii.data import few_shot, image_folder, image_table
@@ -155,7 +156,7 @@ def augment(images:ImagesOpt, metaclass:MetaclassOpt, out:OutOpt, model:ModelOpt
     say = _say()
     say(f"{len(real)} images of {len(real.classes)} categories ({metaclass}); {len(chosen)} suffixes: {source}")
     if model=='tiny' and metaclass not in ('digit','bird'): say(SMALL_MODEL)
-    pipe = load_pipeline(model, device, dtype, variant, size, batch_size, safety_checker)
+    pipe = load_pipeline(model, device, dtype, variant, size, batch_size, safety_checker, 'inductor' if compile else None)
     S = synthesize(pipe, real, out, chosen, seed, open_concepts(pipe, concepts, real.classes, metaclass) if concepts else None,
                    dict(steps=concept_steps, lr=concept_lr, token_lr=token_lr, batch_size=concept_batch, n_tokens=tokens, rank=rank, init_word=init_word, balanced=balanced, flip=None if flip else False),
                    dict(forward_steps=forward_steps, fixed_point_iters=fixed_point_iters, draws=draws, flip=flip, views=views), Steps(quiet=say is not print, log=log if say is print else None), tracker, sample_every, **given)
@@ -175,7 +176,7 @@ def _numbers(option, text, kind=float):
 
 # %% ../nbs/14_cli.ipynb #315f408d
 @app.command()
-def benchmark(task:Annotated[str, typer.Argument(help='few-shot, long-tail, ood, ablation, split, expansion, guidance or strength.')],
+def benchmark(task:Annotated[str, typer.Argument(help='few-shot, long-tail, ood, ablation, split, expansion, guidance, forward or strength.')],
               dataset:Annotated[str, Opt(help="digits, aviary, one of the paper's data sets, as cub (with --root), or a folder of class sub-folders.")]='digits',
               out:Annotated[Optional[Path], Opt(help='Output folder; finished cells are kept, and the same command goes on. [diffii-benchmark/TASK-DATASET]')]=None,
               shots:Annotated[str, Opt(help='Real images per category, as 5 or 5,10.')]='5',
@@ -197,28 +198,28 @@ def benchmark(task:Annotated[str, typer.Argument(help='few-shot, long-tail, ood,
               seed:SeedOpt=0,
               device:DeviceOpt=None, dtype:DtypeOpt='float32',
               log:LogOpt=None,
+              tuning:Annotated[bool, Opt('--tuning', help='On the images that settings are chosen on, of digits or aviary.')]=False,
               quick:Annotated[bool, Opt('--quick', help='A short form that only shows that everything runs.')]=False):
     "An experiment of the paper: a table with the spread over trials, as CSV, JSON and a plot."
     from diffii.demo import Steps
-    from diffii.experiments import benchmark as run, compared, read_cells
+    from diffii.experiments import benchmark as run, verdicts, read_cells
     say = _say(); out = out or Path('diffii-benchmark')/f'{task}-{Path(dataset).name}'
     training = {k:v for k,v in dict(epochs=epochs, steps=steps, lr=lr, pretrained=pretrained or None).items() if v is not None}
     t = run(task, dataset, out, _numbers('--shots',shots,int), _numbers('--imbalance',imbalance), methods and tuple(methods.split(',')), _numbers('--values',values), trials, arch, size, training, model, root, test,
-            metaclass, clip and tuple(clip.rsplit(':',1)), seed, device, dtype, quick, Steps(quiet=say is not print, log=log if say is print else None))
+            metaclass, clip and tuple(clip.rsplit(':',1)), seed, device, dtype, tuning, quick, Steps(quiet=say is not print, log=log if say is print else None))
     if t is None or not len(t): say(f'see {out}'); return
     say(t.round(2).to_string(index=False, na_rep=''))
-    for s in t.setting.unique():
-        for other,d,half,word in compared(read_cells(out), s): say(f'{s}: diff-ii {word} against {other}: {d:+.1f} points' + (f' (95 % interval +- {half:.1f})' if half<1e9 else ' (one trial)'))
+    for line in verdicts(read_cells(out)): say(line)
     say(f'see {out}/table.csv, table.json and plot.png')
 
 # %% ../nbs/14_cli.ipynb #bea4393c
 @app.command()
 def speed(model:Annotated[str, Opt(help='As for augment.')]='tiny', categories:Annotated[int, Opt(help='Of the job.')]=5, images:Annotated[int, Opt(help='Per category.')]=4,
           expansion:Annotated[int, Opt(help='Synthetic images for each.')]=5, repeats:Annotated[int, Opt(help='The median of so many is told.')]=3,
-          memory:Annotated[bool, Opt(help='Also how time and peak memory grow with the job.')]=True):
+          compile:CompileOpt=False, memory:Annotated[bool, Opt(help='Also how time and peak memory grow with the job.')]=True):
     "Images per second against one image at a time, and how time and memory grow."
     from diffii.speed import speed_table, growth_table
-    print(speed_table(model, categories, images, expansion, repeats).round(2).to_string())
+    print(speed_table(model, categories, images, expansion, repeats, compile).round(2).to_string())
     if memory: print(growth_table(model).round(1).to_string(index=False))
 
 # %% ../nbs/14_cli.ipynb #ac12fb9c

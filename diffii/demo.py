@@ -45,13 +45,13 @@ class World:
     shifted: object = None # (shots, seed) -> a training set, and a test set whose contexts are distributed otherwise
     plenty: object = None  # (categories, n) -> about n real images of each category, for a judge that has seen plenty
 
-def load_world(name:str='digits', tuning:bool=False) -> World: # tuning: other species than those results are reported on
+def load_world(name:str='digits', tuning:bool=False) -> World: # tuning: for choosing settings; its test set is none that results are reported on
     "The held-out digits, or freshly drawn birds of species the shipped model never saw."
     require(name in ('digits','aviary'), f'--data {name}: one of digits, aviary')
     if name=='digits':
         from diffii.digits import digits_set, digit_suffixes
         pool,valid = digits_set('pool'),digits_set('validation')
-        return World(name, pool, valid, digits_set('test'), digit_suffixes(), False, plenty=lambda classes, n: pool+valid)  # all there are, about 60 of each
+        return World(name, pool, valid, valid if tuning else digits_set('test'), digit_suffixes(), False, plenty=lambda classes, n: pool+valid)  # all there are, about 60 of each
     from diffii.aviary import aviary_set, waterbirds_twin, CONTEXTS, UNSEEN, VALIDATION
     n = VALIDATION if tuning else UNSEEN
     return World(name, aviary_set(n,20,1), aviary_set(n,30,2), aviary_set(n,50,3), [p for c in CONTEXTS.values() for p in c.phrases], True,

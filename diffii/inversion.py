@@ -7,7 +7,7 @@ __all__ = ['ddim_step', 'Grid', 'ddim_grid', 'ddim_invert', 'latent_stats', 'Inv
            'image_of']
 
 # %% ../nbs/06_inversion.ipynb #24203fdc
-import hashlib, warnings
+import hashlib, math, warnings
 from dataclasses import dataclass, asdict
 from pathlib import Path
 import numpy as np, torch
@@ -98,6 +98,14 @@ class InversionSettings:
     flip: bool = True            # may a mirrored view stand in for a missing second image?
     views: bool = True           # give a one-image category views of its image; without, it raises
     inversion_noise_seed: int = 0
+    @classmethod
+    def of(cls, pipe:Pipeline, **given) -> 'InversionSettings':
+        "What is given, then what the model recommends, then the paper's; recommended forward steps are of the default number of steps, and keep their share of another."
+        rec = dict(pipe.recommended.get('inversion',{})); steps = given.get('steps')
+        if steps and rec.get('forward_steps'):
+            rec['forward_steps'] = min(steps-1, math.ceil(rec['forward_steps']*steps/cls.steps))
+            if not rec['forward_steps']: rec['draws'] = 1
+        return settings_for(cls, rec, **given)
 
 def extra_views(im:Image.Image, flip:bool) -> dict: # name of the view -> image of the same size
     "Views of a lonely image: two corner crops of 90 %, and its mirror image."
@@ -139,7 +147,7 @@ def build(cls:InversionPool, pipe:Pipeline, images:ImageSet,
           **settings         # of `InversionSettings`; by default the model's recommendation, then the paper's
          ) -> InversionPool:
     "Invert every image under its category's plain prompt."
-    cfg = settings_for(InversionSettings, pipe.recommended.get('inversion',{}), **settings)
+    cfg = InversionSettings.of(pipe, **settings)
     require(cfg.draws==1 or (cfg.draws>1 and cfg.forward_steps and cfg.steps), f'--draws {cfg.draws}: several inversions of an image differ in the noise of their forward steps; give --forward-steps 1 or more, or --draws 1')
     K = len(images.classes); files = [folder and Path(folder)/f'{folder_name(c)}.safetensors' for c in images.classes]
     views = [_category_views(images, k, cfg) for k in range(K)]; sizes = [len(n) for _,n in views]

@@ -39,6 +39,7 @@ class Pipeline:
     batch_size: int = 64       # images per U-Net call
     at_once: int|None = None   # images that memory has room for, see `in_parts`; by default `batch_size`
     cache: dict = field(default_factory=dict) # prompt -> its row
+    compiled: Any = None       # the U-Net as torch.compile made it, for calls that need no gradient
     def __post_init__(self): self.at_once = self.at_once or self.batch_size
     @property
     def unet(self): return self.pipe.unet
@@ -81,7 +82,8 @@ def load_pipeline(model:str='tiny',     # hub id, as 'stable-diffusion-v1-5/stab
                   variant:str|None=None,# as 'fp16', where the files have one
                   size:int|None=None,   # side of the images in pixels; by default the model's own
                   batch_size:int=64,    # images per U-Net call
-                  safety_checker:bool=False # keep the checkpoint's safety checker, for `Pipeline.flagged`
+                  safety_checker:bool=False, # keep the checkpoint's safety checker, for `Pipeline.flagged`
+                  compile:str|None=None # backend of torch.compile, as 'inductor': the first calls take a minute or more, the others less time
                  ) -> Pipeline:
     "Load a Stable Diffusion checkpoint. Raises `UserError` when it cannot be found or is of another kind."
     require(dtype in ('float32','float16','bfloat16'), f'--dtype {dtype}: one of float32, float16, bfloat16')
@@ -96,7 +98,8 @@ def load_pipeline(model:str='tiny',     # hub id, as 'stable-diffusion-v1-5/stab
     for s in ('text_encoder','text_encoder_2','safety_checker'):
         if getattr(pipe, s, None) is not None: getattr(pipe, s).requires_grad_(False).eval()
     notes = Path(folder)/'diffii.json'; side = pipe.unet.config.sample_size; side = side if isinstance(side,int) else side[0]
-    return Pipeline(pipe, model, size or side*pipe.vae_scale_factor, read_json(notes) if notes.is_file() else {}, batch_size)
+    compiled = torch.compile(pipe.unet, dynamic=True, backend=compile) if compile else None
+    return Pipeline(pipe, model, size or side*pipe.vae_scale_factor, read_json(notes) if notes.is_file() else {}, batch_size, compiled=compiled)
 
 # %% ../nbs/04_pipeline.ipynb #8e551f10
 def out_of_memory(e:BaseException) -> bool:
@@ -195,7 +198,8 @@ def predict_eps(self:Pipeline,
     if cond.pooled is not None:
         ids = torch.tensor([[self.size,self.size,0,0,self.size,self.size]], dtype=self.dtype, device=self.device).expand(len(x),-1)
         added = dict(text_embeds=cond.pooled.to(self.dtype), time_ids=ids)
-    out = self.unet(x.to(self.dtype).contiguous(memory_format=torch.channels_last), t, cond.embeds.to(self.dtype), added_cond_kwargs=added).sample.float()
+    unet = self.unet if self.compiled is None or torch.is_grad_enabled() else self.compiled  # training is left as it is
+    out = unet(x.to(self.dtype).contiguous(memory_format=torch.channels_last), t, cond.embeds.to(self.dtype), added_cond_kwargs=added).sample.float()
     if self.pipe.scheduler.config.get('prediction_type','epsilon')=='epsilon': return out
     a = self.abar().float().to(self.device)[t].view(-1,1,1,1)
     return a.sqrt()*out + (1-a).sqrt()*x

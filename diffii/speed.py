@@ -21,14 +21,14 @@ def job(categories:int, images:int, expansion:int): # (image set, suffixes)
 def unet_clock(pipe): # yields a list that gets the seconds of every call
     "Time spent inside the U-Net."
     import torch
-    seconds = []; forward = pipe.unet.forward
+    seconds = []; owner,name = (pipe.unet,'forward') if pipe.compiled is None else (pipe,'compiled'); call = getattr(owner, name)
     def timed(*a, **k):
-        began = time.perf_counter(); out = forward(*a, **k)
+        began = time.perf_counter(); out = call(*a, **k)
         if pipe.device.type=='cuda': torch.cuda.synchronize()
         seconds.append(time.perf_counter()-began); return out
-    pipe.unet.forward = timed
+    setattr(owner, name, timed)
     try: yield seconds
-    finally: pipe.unet.forward = forward
+    finally: setattr(owner, name, call)
 
 def one_by_one(model, images, suffixes, expansion, **settings) -> dict: # seconds of loading, inverting, sampling
     "The published procedure: for each category load the pipeline; for each image encode its prompts and run with a batch of one."
@@ -52,12 +52,16 @@ def one_by_one(model, images, suffixes, expansion, **settings) -> dict: # second
             t['sampling'] += time.perf_counter()-c; t['unet'] += sum(clock)
     return t
 
-def together(model, images, suffixes, expansion, batch_size=64, folder=None, **settings) -> dict:
+def together(model, images, suffixes, expansion, batch_size=64, folder=None, compile=None, **settings) -> dict:
     "This package: load once, mix categories in a batch, write images while the next are made."
+    import torch
     from diffii.concepts import named_concepts
     from diffii.pipeline import load_pipeline
     from diffii.synthesis import synthesize
-    t = dict(loading=0., inverting=0., sampling=0., unet=0.); a = time.perf_counter(); pipe = load_pipeline(model, batch_size=batch_size); t['loading'] = time.perf_counter()-a; marks = {}
+    t = dict(loading=0., inverting=0., sampling=0., unet=0.); a = time.perf_counter(); pipe = load_pipeline(model, batch_size=batch_size, compile=compile); marks = {}
+    if compile: # the compiler's work counts as loading
+        with torch.inference_mode(): pipe.predict_eps(torch.zeros(batch_size, pipe.unet.config.in_channels, *[pipe.size//pipe.pipe.vae_scale_factor]*2), 1, pipe.encode_prompts(['']*batch_size))
+    t['loading'] = time.perf_counter()-a
     def mark(stage, done, n): marks.setdefault(stage, [time.perf_counter(),0]); marks[stage][1] = time.perf_counter()
     with unet_clock(pipe) as clock: synthesize(pipe, images, folder, suffixes, concepts=named_concepts(pipe, images), inversion_settings=dict(forward_steps=0, fixed_point_iters=0, draws=1), progress=mark, expansion=expansion, **settings)
     t['inverting'],t['sampling'] = (marks[s][1]-marks[s][0] for s in ('inversion','images')); t['unet'] = sum(clock)
@@ -67,13 +71,17 @@ def together(model, images, suffixes, expansion, batch_size=64, folder=None, **s
 EXACT = dict(guidance_scale=7.5, split_ratio=.3)
 FAST = dict(EXACT, guided=(0.,.6), stride=3, solver='dpm++')
 
-def speed_table(model='tiny', categories=5, images=2, expansion=2, repeats=3): # -> pandas table
-    "Images per second of inversion and sampling by both procedures, in turns; the median of the repeats."
+def speed_table(model='tiny', categories=5, images=2, expansion=2, repeats=3, compile=False): # -> pandas table
+    "Images per second of inversion and sampling by both procedures, in turns; the median of the repeats, of which the first, that warms up, is one more and left out."
     import pandas as pd, tempfile
     s,suffixes = job(categories, images, expansion); n = len(s); runs = {}
-    for _ in range(repeats):
-        for name,f in (('one by one',lambda d: one_by_one(model, s, suffixes, expansion, **EXACT)), ('together',lambda d: together(model, s, suffixes, expansion, folder=d, **EXACT)), ('together, fast',lambda d: together(model, s, suffixes, expansion, folder=d, **FAST))):
-            with tempfile.TemporaryDirectory() as d: runs.setdefault(name,[]).append(f(Path(d)/'x'))
+    rows = {'one by one': lambda d: one_by_one(model, s, suffixes, expansion, **EXACT), 'together': lambda d: together(model, s, suffixes, expansion, folder=d, **EXACT),
+            **({'together, compiled': lambda d: together(model, s, suffixes, expansion, folder=d, compile='inductor', **EXACT)} if compile else {}),
+            'together, fast': lambda d: together(model, s, suffixes, expansion, folder=d, **FAST)}
+    for i in range(repeats+1):
+        for name,f in rows.items():
+            with tempfile.TemporaryDirectory() as d: t = f(Path(d)/'x')
+            if i: runs.setdefault(name,[]).append(t)
     mid = pd.DataFrame({k: pd.DataFrame(v).median() for k,v in runs.items()}).T; work = mid.inverting+mid.sampling
     out = pd.DataFrame({'inverted/s': n/mid.inverting, 'made/s': n*expansion/mid.sampling, 'U-Net share': mid.unet/work})
     base = n*expansion/(mid.sampling+mid.loading)['one by one']

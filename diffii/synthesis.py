@@ -212,7 +212,7 @@ def synthesize(pipe:Pipeline,        # a loaded model
     check_tracker(tracker); out = Path(out); cfg = settings_for(SynthesisSettings, pipe.recommended.get('synthesis',{}), **settings); learn = METHODS[cfg.method].learn
     ccfg = settings_for(ConceptSettings, pipe.recommended.get('concepts',{}), **{**(concept_settings or {}), **({'rank':0} if learn=='tokens' else {})})
     if concepts is not None and learn!='none': ccfg = ConceptSettings(**concepts.settings)
-    icfg = settings_for(InversionSettings, pipe.recommended.get('inversion',{}), **{'steps': cfg.steps, **(inversion_settings or {}), **({} if cfg.start=='circle' else {'steps':0, 'draws':1})})
+    icfg = InversionSettings.of(pipe, **{'steps': cfg.steps, **(inversion_settings or {}), **({} if cfg.start=='circle' else {'steps':0, 'draws':1})})
     require(len(images) and images.counts.min(), f'{images.classes[int(images.counts.argmin())]}: has no image; add one or leave the category out')
     require(suffixes or not n_suffixed(cfg.split_ratio, cfg.steps), '--suffixes: a split ratio above 0 needs suffixes; give some, or --split-ratio 0')
     require(learn!='tokens' or not ccfg.rank, f'--concepts: {cfg.method} learns tokens alone, these have a LoRA; learn others with --rank 0')
