@@ -176,7 +176,7 @@ def _numbers(option, text, kind=float):
 
 # %% ../nbs/14_cli.ipynb #315f408d
 @app.command()
-def benchmark(task:Annotated[str, typer.Argument(help='few-shot, long-tail, ood, ablation, split, expansion, guidance, forward or strength.')],
+def benchmark(task:Annotated[str, typer.Argument(help='few-shot, long-tail, ood, ablation, split, expansion, guidance, forward, fast or strength.')],
               dataset:Annotated[str, Opt(help="digits, aviary, one of the paper's data sets, as cub (with --root), or a folder of class sub-folders.")]='digits',
               out:Annotated[Optional[Path], Opt(help='Output folder; finished cells are kept, and the same command goes on. [diffii-benchmark/TASK-DATASET]')]=None,
               shots:Annotated[str, Opt(help='Real images per category, as 5 or 5,10.')]='5',

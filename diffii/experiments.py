@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FEW_SHOT_ROWS', 'LONG_TAIL_ROWS', 'SWEEPS', 'BOTH', 'ABLATION', 'PAPER_SPLIT', 'TASKS', 'Row', 'method_rows', 'sweep',
-           'Setting', 'settings_of', 'open_world', 'train_judge', 'clip_faithfulness', 'Bench', 'get_concepts',
-           'make_synthetic', 'run_cell', 'published_number', 'read_cells', 'paired_gain', 'summarise', 'compared',
-           'verdicts', 'plot_table', 'strength_strips', 'benchmark', 'report', 'show_results']
+           'fast_rows', 'Setting', 'settings_of', 'open_world', 'train_judge', 'clip_faithfulness', 'Bench',
+           'get_concepts', 'make_synthetic', 'run_cell', 'published_number', 'read_cells', 'paired_gain', 'summarise',
+           'compared', 'verdicts', 'plot_table', 'strength_strips', 'benchmark', 'report', 'show_results']
 
 # %% ../nbs/13a_experiments.ipynb #6417e017
 import json, time
@@ -51,6 +51,12 @@ ABLATION = [Row('original'), *[Row(f'circle {"yes" if c else "no"}, two-stage {"
                               for t in (False,True) for c in (False,True)],
             Row(f'{BOTH}, plain inversion', dict(method='diff-ii'), inversion=dict(forward_steps=0, fixed_point_iters=0, draws=1))]
 
+def fast_rows() -> list:
+    "Diff-II as it is, with each of the fast settings of sampling, and with all of them."
+    from diffii.denoising import FAST
+    rows = {'diff-ii': {}, 'guided in part': dict(guided=FAST['guided']), 'longer steps': dict(solver=FAST['solver'], stride=FAST['stride']), 'fast': FAST}
+    return [Row('original'), *[Row(n, dict(method='diff-ii', **kw)) for n,kw in rows.items()]]
+
 # %% ../nbs/13a_experiments.ipynb #7365248f
 @dataclass
 class Setting:
@@ -84,14 +90,14 @@ def _ood(w, shots, rows, seed):
     return Setting(f'{shots}-shot, shifted', lambda trial: w.shifted(shots, seed+trial), rows, dict(split_ratio=PAPER_SPLIT.get(shots,.3)), table=('waterbirds', ''))
 
 # %% ../nbs/13a_experiments.ipynb #00fdea1d
-TASKS = ('few-shot','long-tail','ood','ablation','strength',*SWEEPS)
+TASKS = ('few-shot','long-tail','ood','ablation','strength','fast',*SWEEPS)
 
 def settings_of(task, w, shots=(5,), imbalance=(100,20,10), methods=None, values=None, seed=0) -> list:
     "The settings of a task on a world."
     require(task in TASKS, f'{task}: one of {", ".join(TASKS)}')
     if task=='long-tail': return [_long_tail(w, i, method_rows(methods or LONG_TAIL_ROWS), seed) for i in imbalance]
     if task=='ood': return [_ood(w, s, method_rows(methods or FEW_SHOT_ROWS), seed) for s in shots]
-    rows = [Row('original')]+sweep(task, values) if task in SWEEPS else ABLATION if task in ('ablation','strength') else method_rows(methods or FEW_SHOT_ROWS)
+    rows = [Row('original')]+sweep(task, values) if task in SWEEPS else fast_rows() if task=='fast' else ABLATION if task in ('ablation','strength') else method_rows(methods or FEW_SHOT_ROWS)
     return [_few_shot(w, s, rows, seed) for s in shots]
 
 # %% ../nbs/13a_experiments.ipynb #263b3762
