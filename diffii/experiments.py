@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['FEW_SHOT_ROWS', 'LONG_TAIL_ROWS', 'SWEEPS', 'BOTH', 'ABLATION', 'PAPER_SPLIT', 'TASKS', 'Row', 'method_rows', 'sweep',
            'fast_rows', 'Setting', 'settings_of', 'open_world', 'train_judge', 'clip_faithfulness', 'Bench',
-           'get_concepts', 'make_synthetic', 'run_cell', 'published_number', 'read_cells', 'paired_gain', 'summarise',
-           'compared', 'verdicts', 'plot_table', 'strength_strips', 'benchmark', 'report', 'show_results']
+           'get_concepts', 'get_pool', 'make_synthetic', 'run_cell', 'published_number', 'read_cells', 'paired_gain',
+           'summarise', 'compared', 'verdicts', 'plot_table', 'strength_strips', 'benchmark', 'report', 'show_results']
 
 # %% ../nbs/13a_experiments.ipynb #6417e017
 import json, time
 from dataclasses import dataclass, field, asdict
 from pathlib import Path
 import numpy as np
-from .core import require, claim, write_json, read_json, atomic, folder_name
+from .core import require, claim, write_json, read_json, atomic, folder_name, seed_of
 from .demo import World, load_world, grid
 
 # %% ../nbs/13a_experiments.ipynb #b1e4ccb7
@@ -157,15 +157,23 @@ def get_concepts(b:Bench, setting, trial, train, learn):
     return learn_concepts(b.pipe, train, b.seed+trial, b.work(setting, trial, learn), lambda s,n,loss: b.progress(f'{setting.name} {trial}: {learn}', s, n),
                           **{**setting.concepts, 'flip': None if b.world.flip else False, **quick, **({'rank':0} if learn=='tokens' else {})})
 
+def get_pool(b:Bench, setting, trial, train, concepts, settings):
+    "The inversions of a trial, made once for all rows that walk the same way up."
+    from diffii.inversion import InversionPool, InversionSettings
+    cfg = InversionSettings.of(b.pipe, **settings)
+    with concepts.attached(b.pipe): return InversionPool.build(b.pipe, train, concepts, b.work(setting, trial, f"pool-{seed_of(*asdict(cfg).items())}"), lambda d,n: b.progress(f'{setting.name} {trial}: inversions', d, n), **settings)
+
 def make_synthetic(b:Bench, setting, row, trial, train):
     "The synthetic set of a row, or None."
     from diffii.methods import get_method
-    from diffii.synthesis import synthesize
+    from diffii.synthesis import synthesize, settings_for, SynthesisSettings
     if row.synthesis is None: return None
     recommended = b.pipe.recommended.get('synthesis',{})
     kw = {**{k:v for k,v in setting.synthesis.items() if k not in recommended or b.task=='long-tail'}, **(dict(expansion=1, steps=5) if b.quick else {}), **row.synthesis}
-    return synthesize(b.pipe, train, b.work(setting, trial, folder_name(row.name)), b.world.suffixes, b.seed+trial, get_concepts(b, setting, trial, train, get_method(kw['method']).learn),
-                      inversion_settings=dict(flip=b.world.flip, **row.inversion), progress=lambda s,d,n: b.progress(f'{setting.name} {trial}: {row.name}', d, n) if s=='images' else None, **kw)
+    cfg = settings_for(SynthesisSettings, recommended, **kw); inversion = dict(steps=cfg.steps, flip=b.world.flip, **row.inversion); concepts = get_concepts(b, setting, trial, train, get_method(cfg.method).learn)
+    pool = get_pool(b, setting, trial, train, concepts, inversion) if cfg.start=='circle' else None
+    return synthesize(b.pipe, train, b.work(setting, trial, folder_name(row.name)), b.world.suffixes, b.seed+trial, concepts, inversion_settings=inversion, pool=pool,
+                      progress=lambda s,d,n: b.progress(f'{setting.name} {trial}: {row.name}', d, n) if s=='images' else None, **kw)
 
 # %% ../nbs/13a_experiments.ipynb #6d6ce98e
 def run_cell(b:Bench, setting, row, trial) -> dict:
@@ -273,9 +281,8 @@ def _plot_sweep(t, original):
 def strength_strips(b:Bench, setting, n:int=13, k_max:int=4): # -> Pillow image
     "A grid of circles, one row for each category."
     from diffii.demo import circle_strip
-    from diffii.inversion import InversionPool
     train,_ = setting.draw(0); c = get_concepts(b, setting, 0, train, 'tokens+lora')
-    with c.attached(b.pipe): pool = InversionPool.build(b.pipe, train, c, b.work(setting,0,'pool'), flip=b.world.flip)
+    pool = get_pool(b, setting, 0, train, c, dict(flip=b.world.flip))
     return grid([im for k in range(min(k_max,len(train.classes))) for im in circle_strip(b.pipe, c, pool, k, n)], n)
 
 # %% ../nbs/13a_experiments.ipynb #b90ada82

@@ -151,7 +151,7 @@ def build(cls:InversionPool, pipe:Pipeline, images:ImageSet,
     require(cfg.draws==1 or (cfg.draws>1 and cfg.forward_steps and cfg.steps), f'--draws {cfg.draws}: several inversions of an image differ in the noise of their forward steps; give --forward-steps 1 or more, or --draws 1')
     K = len(images.classes); files = [folder and Path(folder)/f'{folder_name(c)}.safetensors' for c in images.classes]
     views = [_category_views(images, k, cfg) for k in range(K)]; sizes = [len(n) for _,n in views]
-    keys = [dict(names=n, pixels=[digest(im) for im in ims], settings=asdict(cfg), concepts=_concepts_digest(concepts)) for ims,n in views]
+    keys = [_category_key(ims, n, cfg, concepts) for ims,n in views]
     latents = [_read_category(f, key) for f,key in zip(files,keys)]
     ps = processes(); share = slice(ps.process_index,None,ps.num_processes) if folder else slice(None)
     todo = [g for g in _groups(range(K), sizes, pipe.batch_size) if any(latents[k] is None for k in g)][share]
@@ -160,7 +160,7 @@ def build(cls:InversionPool, pipe:Pipeline, images:ImageSet,
     for group in todo:
         for k,z in zip(group, _invert_group(pipe, group, views, concepts, cfg)):
             latents[k] = z
-            if files[k]: save_tensors(files[k], {'latents': z, **latent_stats(z)}, keys[k])
+            if files[k]: _write_category(files[k], z, keys[k])
         done += sum(sizes[k] for k in group)
         if progress: progress(done, every)
     ps.wait_for_everyone()  # with several processes each inverts its share, and reads what the others wrote
@@ -180,6 +180,8 @@ def _invert_group(pipe, group, views, concepts, cfg): # -> one tensor for each c
     return [z.clone() for z in z.split(sizes)]
 
 # %% ../nbs/06_inversion.ipynb #37a550e7
+def _category_key(ims, names, cfg, concepts): return dict(names=names, pixels=[digest(im) for im in ims], settings=asdict(cfg), concepts=_concepts_digest(concepts))
+def _write_category(file, z, key): save_tensors(file, {'latents': z, **latent_stats(z)}, key)
 def _concepts_digest(c): return hashlib.sha256(b''.join(t.numpy().tobytes() for t in [*c.rows, *[c.lora[k] for k in sorted(c.lora)]])).hexdigest()[:16]
 
 def _groups(ks, sizes, batch):
@@ -196,6 +198,15 @@ def _read_category(file, key):
     t,meta = load_tensors(file)
     for k in key: require(meta.get(k)==key[k], f'{file}: was made from other {k}; delete it to make it again, or give the old {k}')
     return t['latents']
+
+@patch
+def save(self:InversionPool, folder,
+         images:ImageSet,  # what the pool was built from
+         concepts:Concepts # ... and under
+        ):
+    "Write the pool as `build` does, which will then read it there."
+    cfg = InversionSettings(**self.settings)
+    for k,(c,z) in enumerate(zip(self.classes, self.latents)): _write_category(Path(folder)/f'{folder_name(c)}.safetensors', z, _category_key(*_category_views(images, k, cfg), cfg, concepts))
 
 @patch
 def check(self:InversionPool):

@@ -205,6 +205,7 @@ def synthesize(pipe:Pipeline,        # a loaded model
                inversion_settings:dict|None=None, # of `InversionSettings`
                progress=lambda stage, done, all: None,
                tracker=None, sample_every:int=500, # what follows the learning of concepts, see `learn_concepts`; no part of the run's settings
+               pool:InversionPool|None=None, # built before, from these images under these concepts; by default it is built here and kept in the folder
                **settings            # of `SynthesisSettings`, as `method='diff-mix'`; by default the model's recommendation, then the paper's
               ) -> SyntheticSet:
     "Make `expansion` synthetic images for every real one, by Diff-II or another of `METHODS`. Raises `UserError` for unusable input, before anything is written."
@@ -216,22 +217,24 @@ def synthesize(pipe:Pipeline,        # a loaded model
     require(len(images) and images.counts.min(), f'{images.classes[int(images.counts.argmin())]}: has no image; add one or leave the category out')
     require(suffixes or not n_suffixed(cfg.split_ratio, cfg.steps), '--suffixes: a split ratio above 0 needs suffixes; give some, or --split-ratio 0')
     require(learn!='tokens' or not ccfg.rank, f'--concepts: {cfg.method} learns tokens alone, these have a LoRA; learn others with --rank 0')
+    require(pool is None or (tuple(pool.classes),pool.settings)==(tuple(images.classes),asdict(icfg)), 'synthesize: the pool was built for other categories or with other settings; build it with those of this run')
     run = dict(model=pipe.model, base=model_digest(pipe), classes=images.classes, metaclass=images.metaclass, images={n: images.digest(i) for i,n in enumerate(images.names)},
                suffixes=list(suffixes), seed=seed, size=pipe.size, synthesis=asdict(cfg), concepts=asdict(ccfg) if learn!='none' else None, inversion=asdict(icfg), batch_size=pipe.batch_size)
     ps = processes()
     if ps.is_main_process: claim(out, run, f'{STATE}/run.json')
     ps.wait_for_everyone()
     try:
-        with FileLock(out/STATE/f'lock{ps.process_index or ""}', timeout=0): return _run(pipe, images, out, run, cfg, concepts, {**asdict(ccfg), 'tracker': tracker, 'sample_every': sample_every}, asdict(icfg), progress)
+        with FileLock(out/STATE/f'lock{ps.process_index or ""}', timeout=0): return _run(pipe, images, out, run, cfg, concepts, pool, {**asdict(ccfg), 'tracker': tracker, 'sample_every': sample_every}, asdict(icfg), progress)
     except Timeout as e: raise UserError(f'--out {out}: another run is writing there; wait for it, or give another folder') from e
 
 # %% ../nbs/12_synthesis.ipynb #22e1e19d
-def _run(pipe, images, out, run, cfg, concepts, ccfg, icfg, progress):
+def _run(pipe, images, out, run, cfg, concepts, pool, ccfg, icfg, progress):
     "The four steps, inside the lock."
     state = out/STATE; seed = run['seed']; ps = processes()
     if ps.num_processes==1:
         for p in out.rglob('.*.tmp'): p.unlink()  # what a killed run left half-written
     concepts = _get_concepts(pipe, images, seed, state/'concepts', concepts, ccfg, METHODS[cfg.method].learn, lambda s,n,loss: progress('concepts',s,n))
+    if pool is not None and ps.is_main_process and not (state/'pool').exists(): pool.save(state/'pool', images, concepts)
     ps.wait_for_everyone()
     with concepts.attached(pipe):
         pool = InversionPool.build(pipe, images, concepts, state/'pool', lambda d,n: progress('inversion' if cfg.start=='circle' else 'encoding',d,n), **icfg) if cfg.start in ('circle','image') else None
