@@ -59,7 +59,7 @@ def two_stage_denoise(pipe:Pipeline,
             if solver=='ddim': x = ddim_step(x, eps, grid.abar[j], grid.abar[k])
             else: x,memory = dpm_step(x, eps, grid.abar[j], grid.abar[k], memory)
         return x.cpu()
-    return torch.cat(pipe.in_parts(denoise, len(latents), 2 if guidance_scale!=1 else 1)) if len(latents) else latents
+    return torch.cat(pipe.in_parts(denoise, len(latents), 2 if guidance_scale!=1 else 1, side_by_side=True)) if len(latents) else latents
 
 FAST = dict(guided=(0.,.6), solver='dpm++', stride=3) # settings of `two_stage_denoise` that need about a third of the U-Net calls
 

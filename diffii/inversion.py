@@ -75,7 +75,7 @@ def ddim_invert(pipe:Pipeline,
             for _ in range(fixed_point_iters): y = ddim_step(x, eps(y, grid.timesteps[j], s), grid.abar[j+1], grid.abar[j])
             x = y
         return x.cpu()
-    return torch.cat(pipe.in_parts(invert, len(latents)))
+    return torch.cat(pipe.in_parts(invert, len(latents), side_by_side=True))
 
 # %% ../nbs/06_inversion.ipynb #4f656046
 def latent_stats(z:torch.Tensor # (n, c, h, w) latents

@@ -6,7 +6,8 @@
 __all__ = ['TINY', 'Conditioning', 'Pipeline', 'load_pipeline', 'out_of_memory']
 
 # %% ../nbs/04_pipeline.ipynb #5ab4ae19
-import logging, warnings
+import logging, math, warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,18 +108,30 @@ def out_of_memory(e:BaseException) -> bool:
     from accelerate.utils.memory import should_reduce_batch_size
     return isinstance(e, (torch.cuda.OutOfMemoryError, MemoryError)) or should_reduce_batch_size(e)
 
+def _each(fn, parts, workers): # -> list
+    "`fn` of every part, on a few threads that share torch's."
+    n = torch.get_num_threads(); share = max(1, n//max(1,workers))
+    if min(n, workers, len(parts))<2: return [fn(p) for p in parts]
+    def infer(p): # the mode belongs to a thread
+        with torch.inference_mode(): return fn(p)
+    try:
+        torch.set_num_threads(share)
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,)) as pool: return list(pool.map(infer, parts))
+    finally: torch.set_num_threads(n)
+
 @patch
 def in_parts(self:Pipeline,
-             fn,       # called with a slice of the job
-             n:int,    # items of the job
-             per:int=1 # images that an item puts into a call
-            ) -> list: # what `fn` returned for each slice
-    "A job in slices of `at_once` images; in halves, from its start, where memory runs out. Raises `UserError` when one image is too much."
+             fn,        # called with a slice of the job
+             n:int,     # items of the job
+             per:int=1, # images that an item puts into a call
+             side_by_side:bool=False # on a CPU, may slices run next to each other? They do, on two threads
+            ) -> list:  # what `fn` returned for each slice
+    "A job in even slices of at most `at_once` images; in halves, from its start, where memory runs out. Raises `UserError` when one image is too much."
     from accelerate.utils.memory import clear_device_cache
     began = self.at_once
     while True:
-        size = max(1, self.at_once//per)
-        try: out = [fn(slice(i, min(i+size,n))) for i in range(0, n, size)]; break
+        count = math.ceil(n/max(1, self.at_once//per)); size = math.ceil(n/max(1,count))
+        try: out = _each(fn, [slice(i, min(i+size,n)) for i in range(0, n, size)] if n else [], 2 if side_by_side and self.device.type=='cpu' else 1); break
         except (RuntimeError, MemoryError) as e:
             if not out_of_memory(e): raise
         room = min(self.at_once, n*per)//2  # out here the failed call's tensors are free
