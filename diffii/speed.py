@@ -106,7 +106,13 @@ def _probe(model, categories, images, expansion, steps):
     import tempfile
     s,suffixes = job(categories, images, expansion)
     with tempfile.TemporaryDirectory() as d: t = together(model, s, suffixes, expansion, folder=Path(d)/'x', steps=steps, **EXACT)
-    return dict(categories=categories, images=images, expansion=expansion, made=len(s)*expansion, inverting=t['inverting'], sampling=t['sampling'], megabytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)
+    return dict(categories=categories, images=images, expansion=expansion, made=len(s)*expansion, inverting=t['inverting'], sampling=t['sampling'], megabytes=_peak())
+
+def _peak() -> float: # MB
+    "Peak memory of this process alone: what `getrusage` says may be its parent's."
+    status = Path('/proc/self/status')
+    if status.is_file(): return int(next(l for l in status.read_text().splitlines() if l.startswith('VmHWM')).split()[1])/1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform=='darwin' else 1024)
 
 def growth_table(model='tiny', quick=False): # -> pandas table
     "How time and memory grow with categories, images and expansion."
