@@ -13,7 +13,7 @@ __all__ = ['app', 'Opt', 'SMALL_MODEL', 'ImagesOpt', 'MetaclassOpt', 'OutOpt', '
            'top', 'main', 'demo', 'augment', 'benchmark', 'speed', 'status', 'remake']
 
 # %% ../nbs/14_cli.ipynb #34c1c6f9
-import sys, warnings
+import re, sys, warnings
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -44,7 +44,8 @@ def main():
     except Exception as e:
         if hasattr(e,'format_message'): print(f'diffii: {e.format_message()}', file=sys.stderr); sys.exit(2)
         if isinstance(e, typer.Abort): sys.exit(130)
-        if isinstance(e, OSError) and e.filename: print(f'diffii: {e.filename}: {e.strerror}; make room or check the permissions, the same command goes on from here', file=sys.stderr); sys.exit(2)
+        full = isinstance(e, OSError) and e.strerror or (re.search(r'(?:No space left|File too large|Disk quota)[^"]*', str(e)) or [None])[0]  # safetensors has an error of its own
+        if full: print(f"diffii: {getattr(e,'filename',None) or 'writing failed'}: {full}; make room or check the permissions, the same command goes on from here", file=sys.stderr); sys.exit(2)
         raise
 
 # %% ../nbs/14_cli.ipynb #dc429021

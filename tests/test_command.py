@@ -89,7 +89,7 @@ def test_a_benchmark_goes_on_where_it_stopped(cli, tmp_path):
     common = ('benchmark', 'few-shot', '--shots', 2, '--trials', 1, '--quick', '--out', tmp_path/'b')
     r = cli(*common, '--methods', 'original,random-noise'); assert 'random-noise' in r.stdout and 'original' in r.stdout
     cell = tmp_path/'b'/'cells'/'2-shot--original--0.json'; before = cell.stat().st_mtime_ns
-    r = cli(*common, '--methods', 'original,random-noise,diff-ii'); assert 'against original' in r.stdout and cell.stat().st_mtime_ns==before
+    r = cli(*common, '--methods', 'original,random-noise,diff-ii'); assert ' original: ' in r.stdout and '(one trial)' in r.stdout and cell.stat().st_mtime_ns==before
     assert {'table.csv','table.json','plot.png'} <= {p.name for p in (tmp_path/'b').iterdir()}
     for args,word in ((('benchmark','few-shoot','--out',tmp_path/'x'),'few-shoot'), (('benchmark','ood','--out',tmp_path/'x'),'digits'), (('benchmark','few-shot','--methods','gan','--out',tmp_path/'x'),'gan'),
                       (('benchmark','few-shot','--shots','five','--out',tmp_path/'x'),'--shots five'), (('benchmark','few-shot','--dataset','cub','--out',tmp_path/'x'),'--root')):
@@ -121,6 +121,14 @@ def test_skip_bad_goes_on_without(cli, garden, tmp_path):
     (garden/'œillet (red:1.2)'/'cut.png').write_bytes(b'\x89PNG')
     r = cli('augment', garden, '--metaclass', 'flower', '--out', tmp_path/'out', '--skip-bad', *QUICK)
     assert 'cut.png' in r.stderr and '12 synthetic images' in r.stdout
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on(garden, tmp_path):
+    "A limit on the size of files stands in for the disk: first the concepts do not fit, then all does."
+    import resource
+    cmd = augment_small(garden, tmp_path/'out'); env = os.environ | {'HF_HUB_OFFLINE':'1'}; small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000,20_000))
+    r = subprocess.run(cmd, capture_output=True, text=True, env=env, preexec_fn=small); last = r.stderr.strip().splitlines()[-1]
+    assert r.returncode==2 and last.startswith('diffii: ') and 'make room' in last and 'Traceback' not in r.stderr, r.stderr
+    subprocess.run(cmd, check=True, capture_output=True, env=env); assert len(files_of(tmp_path/'out'))==37
 
 def test_every_kind_of_image_file_goes_through(cli, tmp_path):
     d = tmp_path/'kinds'/'oak'; d.mkdir(parents=True); im = photo(4)
