@@ -9,8 +9,7 @@ __all__ = ['FAST', 'dpm_step', 'n_suffixed', 'two_stage_denoise', 'check_fast']
 import math
 import torch
 from .core import require
-from .pipeline import Pipeline, Conditioning
-from .inversion import ddim_grid, ddim_step
+from .pipeline import Pipeline, Conditioning, ddim_grid, ddim_step
 
 # %% ../nbs/09_denoising.ipynb #1530e994
 def dpm_step(x:torch.Tensor,   # (n, c, h, w) latents at level abar_from
@@ -55,7 +54,7 @@ def two_stage_denoise(pipe:Pipeline,
         x = latents[s].to(pipe.device); memory = None
         for j,k in zip(walk, walk[1:]):
             scale = guidance_scale if guided[0] <= j/steps < guided[1] else 1
-            eps = _guided(pipe, x, grid.timesteps[j], (suffixed if j < first else plain)[s], None if scale==1 else negative[s], scale)
+            eps = pipe.predict_guided(x, grid.timesteps[j], (suffixed if j < first else plain)[s], negative and negative[s], scale)
             if solver=='ddim': x = ddim_step(x, eps, grid.abar[j], grid.abar[k])
             else: x,memory = dpm_step(x, eps, grid.abar[j], grid.abar[k], memory)
         return x.cpu()
@@ -67,10 +66,3 @@ def check_fast(guided, solver, stride):
     "Raise `UserError` for settings that make no sense."
     require(len(guided)==2 and 0<=guided[0]<=guided[1]<=1, f'--guided {guided}: two fractions of the trajectory, as 0,0.7')
     require(solver in ('ddim','dpm++'), f'--solver {solver}: ddim or dpm++'); require(stride>=1, f'--stride {stride}: give 1 or more')
-
-def _guided(pipe, x, t, cond, negative, scale):
-    "Predicted noise with classifier-free guidance: one call of the U-Net on both prompts, two where memory has room for one image."
-    if negative is None: return pipe.predict_eps(x, t, cond)
-    if pipe.at_once==1: u,e = pipe.predict_eps(x, t, negative), pipe.predict_eps(x, t, cond)
-    else: u,e = pipe.predict_eps(torch.cat([x,x]), t, Conditioning.cat([negative,cond])).chunk(2)
-    return u + scale*(e-u)
