@@ -13,7 +13,7 @@ __all__ = ['app', 'Opt', 'SMALL_MODEL', 'ImagesOpt', 'MetaclassOpt', 'OutOpt', '
            'top', 'main', 'demo', 'augment', 'benchmark', 'speed', 'status', 'remake']
 
 # %% ../nbs/14_cli.ipynb #34c1c6f9
-import re, sys, warnings
+import sys, warnings
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -44,8 +44,7 @@ def main():
     except Exception as e:
         if hasattr(e,'format_message'): print(f'diffii: {e.format_message()}', file=sys.stderr); sys.exit(2)
         if isinstance(e, typer.Abort): sys.exit(130)
-        full = isinstance(e, OSError) and e.strerror or (re.search(r'(?:No space left|File too large|Disk quota)[^"]*', str(e)) or [None])[0]  # safetensors has an error of its own
-        if full: print(f"diffii: {getattr(e,'filename',None) or 'writing failed'}: {full}; make room or check the permissions, the same command goes on from here", file=sys.stderr); sys.exit(2)
+        if isinstance(e, OSError) and e.strerror: print(f"diffii: {e.filename or 'writing failed'}: {e.strerror}; make room or check the permissions, the same command goes on from here", file=sys.stderr); sys.exit(2)
         raise
 
 # %% ../nbs/14_cli.ipynb #dc429021
@@ -237,9 +236,9 @@ def remake(folder:Annotated[Path, typer.Argument(help='A folder that diffii augm
            to:Annotated[Path, Opt(help='Where to write it.')]=Path('remade.png'),
            device:DeviceOpt=None, dtype:DtypeOpt='float32'):
     "Make one synthetic image again from its line of metadata."
-    from diffii.core import read_json, require
+    from diffii.core import read_json, require, save_png
     from diffii.pipeline import load_pipeline
     from diffii.synthesis import remake as again, STATE
     run = folder/STATE/'run.json'; require(run.is_file(), f'{folder}: not a folder that diffii augment wrote'); run = read_json(run)
-    again(load_pipeline(run['model'], device, dtype, size=run['size'], batch_size=run['batch_size']), folder, file_name).save(to)
+    save_png(to, again(load_pipeline(run['model'], device, dtype, size=run['size'], batch_size=run['batch_size']), folder, file_name))
     print(to)

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from safetensors import safe_open
 from .core import UserError, require, processes, atomic, folder_name, generator, seed_of, read_json, write_json, save_tensors, load_tensors, optimizer_tensors, load_optimizer_tensors
 from .data import ImageSet
-from .pipeline import Pipeline, Conditioning, out_of_memory
+from .pipeline import Pipeline, Conditioning, out_of_memory, ddim_grid, ddim_step
 
 # %% ../nbs/05_concepts.ipynb #23929ae2
 class ExtraRows(nn.Module):
@@ -253,12 +253,10 @@ def _accelerator(pipe, folder, cfg, tracker):
 def sample_row(pipe:Pipeline, prompts:list, seed:int=0, steps:int=10) -> np.ndarray: # (height, n*width, 3) uint8
     "A quick picture for each prompt, side by side: a few DDIM steps from a noise of its own. One at a time, since training has the memory."
     scale = pipe.recommended.get('synthesis',{}).get('guidance_scale',7.5); shape = (1, pipe.unet.config.in_channels, *[pipe.size//pipe.pipe.vae_scale_factor]*2)
-    a = pipe.abar().tolist(); walk = torch.linspace(len(a)-1, 0, steps+1).round().int().tolist(); none = pipe.encode_prompts(['']); out = []
+    grid = ddim_grid(pipe, steps); none = pipe.encode_prompts(['']); out = []
     for i,p in enumerate(prompts):
-        x = torch.randn(shape, generator=generator(seed,'sample',i)).to(pipe.device); both = Conditioning.cat([none, pipe.encode_ids(pipe.tokenize([p]))])  # not kept: the words change
-        for t,s in zip(walk, walk[1:]):
-            u,e = pipe.predict_eps(x.repeat(2,1,1,1), t, both).chunk(2); e = u+scale*(e-u)
-            x = (a[s]/a[t])**.5*(x-(1-a[t])**.5*e) + (1-a[s])**.5*e
+        x = torch.randn(shape, generator=generator(seed,'sample',i)).to(pipe.device); cond = pipe.encode_ids(pipe.tokenize([p]))  # not kept: the words change
+        for t,a,b in zip(grid.timesteps, grid.abar, grid.abar[1:]): x = ddim_step(x, pipe.predict_guided(x, t, cond, none, scale), a, b)
         out += pipe.decode_latents(x)
     return np.concatenate([np.asarray(im) for im in out], 1)
 
@@ -350,12 +348,13 @@ def save(self:Concepts, folder):
     "Write `learned_embeds.safetensors` (one file for each text encoder), `pytorch_lora_weights.safetensors` and `concepts.json`."
     from diffusers import StableDiffusionPipeline
     from diffusers.utils import convert_state_dict_to_diffusers
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
     for j,r in enumerate(self.rows):
         save_tensors(folder/f'learned_embeds{"_"+str(j+1) if j else ""}.safetensors', {f'<c{k}>': v for k,v in enumerate(r.split(self.n_tokens))})
     if self.lora:
-        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=convert_state_dict_to_diffusers(self.lora),
-            unet_lora_adapter_metadata={k: sorted(v) if isinstance(v,set) else v for k,v in lora_config(self.settings['rank'], self.lora).to_dict().items()})
+        about = {k: sorted(v) if isinstance(v,set) else v for k,v in lora_config(self.settings['rank'], self.lora).to_dict().items()}
+        with atomic(folder/'pytorch_lora_weights.safetensors') as tmp:
+            StableDiffusionPipeline.save_lora_weights(tmp.parent, convert_state_dict_to_diffusers(self.lora), weight_name=tmp.name, unet_lora_adapter_metadata=about)
     write_json(folder/'concepts.json', dict(classes=self.classes, metaclass=self.metaclass, base=self.base, settings=self.settings, text_encoders=len(self.rows), log=self.log))
 
 @patch(cls_method=True)

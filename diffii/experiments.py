@@ -13,7 +13,7 @@ import json, time
 from dataclasses import dataclass, field, asdict
 from pathlib import Path
 import numpy as np
-from .core import require, claim, write_json, read_json, atomic, folder_name, seed_of
+from .core import require, claim, write_json, read_json, save_png, atomic, folder_name, seed_of
 from .demo import World, load_world, grid
 
 # %% ../nbs/13a_experiments.ipynb #b1e4ccb7
@@ -303,7 +303,7 @@ def benchmark(task:str='few-shot',     # one of `TASKS`
     b = Bench(task, out, w, load_pipeline(model, device, dtype), arch, size or (32 if small else 224), training or {}, seed, quick, clip, progress or (lambda *a: None))
     claim(out, dict(task=task, dataset=dataset, arch=arch, size=b.size, training=b.training, model=model, metaclass=metaclass, seed=seed, quick=quick, **(dict(tuning=True) if tuning else {})), 'experiment.json')
     for s in settings:
-        if task=='strength': strip = strength_strips(b, s); strip.save(out/f'{folder_name(s.name)}.png'); continue
+        if task=='strength': save_png(out/f'{folder_name(s.name)}.png', strength_strips(b, s)); continue
         for trial in range(trials):
             for row in s.rows:
                 if not b.cell(s,row,trial).is_file(): write_json(b.cell(s,row,trial), run_cell(b, s, row, trial))

@@ -13,11 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, asdict, field, replace
 from pathlib import Path
 import numpy as np, torch
-from .core import UserError, require, processes, generator, seed_of, folder_name, atomic, claim, write_json, read_json, load_tensors
+from .core import UserError, require, processes, generator, seed_of, folder_name, atomic, claim, write_json, read_json, save_png, load_tensors
 from .data import ImageSet
-from .pipeline import Pipeline
+from .pipeline import Pipeline, ddim_grid
 from .concepts import Concepts, ConceptSettings, learn_concepts, named_concepts, check_tracker, settings_for, model_digest, same_model
-from .inversion import InversionPool, InversionSettings, ddim_grid, image_of
+from .inversion import InversionPool, InversionSettings, image_of
 from .interpolation import slerp, angle, draw_pairs, draw_strength
 from .denoising import two_stage_denoise, n_suffixed, check_fast
 from .methods import METHODS, get_method, first_step, noised, soft_targets, nearest
@@ -273,7 +273,7 @@ def _make_all(pipe, concepts, pool, rows, out, redraw, progress):
             images,tries = make_or_redraw(pipe, concepts, pool, [r|dict(at_once=parts.get(r['batch'])) for r in b], redraw)
             if tries: _write_rows(out/STATE/'redrawn'/f"{b[0]['batch']}.jsonl", tries)
             for j in jobs: j.result()
-            jobs = [writer.submit(_write_png, im, out/r['file_name']) for im,r in zip(images,b) if r['file_name'] not in dropped]
+            jobs = [writer.submit(save_png, out/r['file_name'], im) for im,r in zip(images,b) if r['file_name'] not in dropped]
             done += len(b); progress(done, len(rows))
         for j in jobs: j.result()
 
@@ -281,9 +281,6 @@ def _by_batch(rows):
     out = {}
     for r in rows: out.setdefault(r['batch'], []).append(r)
     return list(out.values())
-
-def _write_png(im, path):
-    with atomic(path) as tmp: im.save(tmp, format='PNG')
 
 def _drop(images, rows, out, cfg):
     "Of a category's candidates keep the nearest to its real images; which ones go is written down before they are deleted."
