@@ -130,5 +130,5 @@ def plot_growth(table): # what `growth_table` returned -> matplotlib figure
     fig,axs = plt.subplots(1, 2, figsize=(6.5,2.4), dpi=80)
     for ax,y,label in zip(axs, (table.megabytes, table.inverting+table.sampling), ('peak memory, MB','seconds')):
         for n,t in table.assign(y=y).groupby('categories'): ax.plot(t.made, t.y, 'o', ms=4, label=f'{n} categories')
-        ax.set(xlabel='images made', ylabel=label, ylim=(0,None))
-    axs[0].legend(fontsize=7); fig.tight_layout(); return fig
+        ax.set(xlabel='images made', ylabel=label, ylim=(0,1.15*y.max()))
+    axs[0].legend(fontsize=7, loc='lower right'); fig.tight_layout(); return fig
