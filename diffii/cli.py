@@ -37,15 +37,17 @@ def main():
     from diffii.core import UserError
     warnings.formatwarning = lambda message, *a, **k: f'diffii: warning: {message}\n'
     if len(sys.argv)==1: sys.argv.append('--help')
-    try: app(standalone_mode=False)
-    except UserError as e: print(f'diffii: {e}', file=sys.stderr); sys.exit(2)
-    except typer.Exit as e: sys.exit(e.exit_code)
-    except KeyboardInterrupt: print('diffii: stopped; the same command goes on from here', file=sys.stderr); sys.exit(130)
-    except Exception as e:
-        if hasattr(e,'format_message'): print(f'diffii: {e.format_message()}', file=sys.stderr); sys.exit(2)
-        if isinstance(e, typer.Abort): sys.exit(130)
-        if isinstance(e, OSError) and e.strerror: print(f"diffii: {e.filename or 'writing failed'}: {e.strerror}; make room or check the permissions, the same command goes on from here", file=sys.stderr); sys.exit(2)
-        raise
+    def stop(code, message): print(f'diffii: {message}', file=sys.stderr); sys.exit(code)
+    try:
+        if app(standalone_mode=False)==130: raise KeyboardInterrupt  # typer's word for Ctrl-C
+    except (KeyboardInterrupt, typer.Abort): stop(130, 'stopped; the same command goes on from here')
+    except UserError as e: stop(2, e)
+    except OSError as e:
+        if not e.strerror: raise
+        stop(2, f"{e.filename or 'writing failed'}: {e.strerror}; make room or check the permissions, the same command goes on from here")
+    except Exception as e:  # typer's own, of options
+        if not hasattr(e,'format_message'): raise
+        stop(2, e.format_message())
 
 # %% ../nbs/14_cli.ipynb #dc429021
 @app.command()

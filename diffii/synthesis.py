@@ -334,4 +334,4 @@ def status(folder) -> dict: # method, model, concepts, inversions, planned, done
     learned = 'none' if run['concepts'] is None else 'done' if (state/'concepts'/'concepts.json').is_file() else f"{load_tensors(checkpoint)[1]['step'] if checkpoint.is_file() else 0} of {run['concepts']['steps']} steps"
     times = sorted(f.stat().st_mtime for f in there); span = times[-1]-times[0] if len(times)>1 else 0
     return dict(method=run['synthesis']['method'], model=run['model'], concepts=learned, inverted=f"{len(list((state/'pool').glob('*.safetensors')))} of {len(run['classes'])} categories",
-                planned=len(plan) or None, done=len(there), missing=missing, redrawn=sum(r['attempt']>0 for r in plan), per_minute=round(60*(len(times)-1)/span,1) if span else None)
+                planned=len(plan) or None, done=len(there), missing=missing if plan else None, redrawn=sum(r['attempt']>0 for r in plan), per_minute=round(60*(len(times)-1)/span,1) if span else None)

@@ -130,6 +130,15 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(garden, tmp_path):
     assert r.returncode==2 and last.startswith('diffii: ') and 'make room' in last and 'Traceback' not in r.stderr, r.stderr
     subprocess.run(cmd, check=True, capture_output=True, env=env); assert len(files_of(tmp_path/'out'))==37
 
+def test_ctrl_c_says_how_to_go_on(garden, tmp_path):
+    "An interrupt while concepts are learned: one line, exit code 130, and what is there is kept."
+    p = subprocess.Popen(augment_small(garden, tmp_path/'out'), stderr=subprocess.PIPE, text=True, env=os.environ | {'HF_HUB_OFFLINE':'1'},
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    while p.poll() is None and not list((tmp_path/'out').glob('.diffii/run.json')): time.sleep(.1)
+    time.sleep(.5); p.send_signal(signal.SIGINT); said = p.stderr.read()
+    assert p.wait()==130 and said.strip().splitlines()[-1]=='diffii: stopped; the same command goes on from here' and 'Traceback' not in said, said
+    assert (tmp_path/'out/.diffii/run.json').is_file()
+
 def test_every_kind_of_image_file_goes_through(cli, tmp_path):
     d = tmp_path/'kinds'/'oak'; d.mkdir(parents=True); im = photo(4)
     im.convert('P').save(d/'palette.png'); im.convert('CMYK').save(d/'cmyk.jpg'); im.save(d/'moving.gif', save_all=True, append_images=[photo(5)])
