@@ -56,15 +56,16 @@ def one_hot(labels, n_classes:int) -> np.ndarray: # (n, K) float32
 class Draws:
     "The training stream: item `j` is draw `start + j`, a uint8 picture with its target row."
     def __init__(self, real:Pixels, synthetic:Pixels|None=None, p:float=.5, seed:int=0, n:int=64,
-                 rank:int=0, world:int=1): # of `world` processes this one has every `world`-th of the n draws, from number `rank` on
-        self.real,self.synthetic,self.p,self.seed,self.n,self.start,self.rank,self.world = real,synthetic,p,seed,n,0,rank,world
+                 rank:int=0, world:int=1,  # of `world` processes this one has every `world`-th of the n draws, from number `rank` on
+                 even:bool=False):         # is a synthetic image of any category, each as likely, not of the real one's
+        self.real,self.synthetic,self.p,self.seed,self.n,self.start,self.rank,self.world,self.even = real,synthetic,p,seed,n,0,rank,world,even
         K = len(real.s.classes); self.labels = np.asarray(real.s.labels); self.targets = one_hot(self.labels, K)
         if synthetic is not None:
-            s = synthetic.s; own = np.asarray(getattr(s, 'source_labels', s.labels))
+            s = synthetic.s; source = np.asarray(s.labels if even else getattr(s, 'source_labels', s.labels))
             soft = getattr(s, 'targets', None)
             self.syn_targets = one_hot(s.labels, K) if soft is None else np.asarray(soft, dtype='float32')
             require(self.syn_targets.shape==(len(s),K), f'synthetic set: targets have shape {self.syn_targets.shape}; give {(len(s),K)}')
-            self.by_class = [np.flatnonzero(own==k) for k in range(K)]
+            self.by_class = [np.flatnonzero(source==k) for k in range(K)]; self.some = [k for k in range(K) if len(self.by_class[k])]
         self._pass,self._order = None,None
     def __len__(self): return self.n//self.world
     def order(self, p): # the order of pass number p through the real images
@@ -73,8 +74,9 @@ class Draws:
     def pick(self, j) -> tuple: # (is it synthetic, position in its set)
         n = self.start+j*self.world+self.rank; p,k = divmod(n, len(self.real)); i = self.order(p)[k]
         if self.synthetic is None: return False,i
-        rng = np.random.default_rng(seed_of(self.seed,'draw',n)); own = self.by_class[self.labels[i]]
-        return (True, own[rng.integers(len(own))]) if len(own) and rng.random() < self.p else (False,i)
+        rng = np.random.default_rng(seed_of(self.seed,'draw',n)); instead = rng.random() < self.p
+        own = self.by_class[self.some[rng.integers(len(self.some))] if self.even else self.labels[i]]
+        return (True, own[rng.integers(len(own))]) if instead and len(own) else (False,i)
     def __getitem__(self, j):
         import torch
         syn,i = self.pick(j)
@@ -324,7 +326,7 @@ def sgd(params, lr): # fastai optimizer
     return SGD(params, lr=lr, mom=.9, decouple_wd=False)
 
 # %% ../nbs/10_classifier.ipynb #a1cd52a2
-def make_learner(train, views:Views, model, synthetic=None, valid=None, *, replacement_probability=.5, steps=400, batch_size=32, weight_decay=5e-4,
+def make_learner(train, views:Views, model, synthetic=None, valid=None, *, replacement_probability=.5, even=False, steps=400, batch_size=32, weight_decay=5e-4,
                  label_smoothing=.1, class_weights=None, flip=False, crop_scale=(.25,1.), seed=0, cbs=None):
     "A fastai `Learner` over the stream of draws, and the number of epochs that make up the steps."
     import torch
@@ -334,7 +336,7 @@ def make_learner(train, views:Views, model, synthetic=None, valid=None, *, repla
     require(batch_size%world==0 and batch_size>=2*world, f'batch size {batch_size}: the {world} processes share every batch; give a multiple of {world} that leaves each two images')
     real = views.pixels(train, 'training set'); syn = views.pixels(synthetic, 'synthetic set') if synthetic is not None and len(synthetic) else None
     chunks = 1 if valid is None else min(10, steps); n = -(-steps//chunks)*batch_size
-    draws = Draws(real, syn, replacement_probability, seed, n, rank, world)
+    draws = Draws(real, syn, replacement_probability, seed, n, rank, world, even)
     kept = real.cache is not None and (syn is None or syn.cache is not None)
     tdl = views.loader(draws, batch_size//world, kept, train=True, flip=flip, scale=crop_scale, seed=seed_of(seed,'process',rank) if rank else seed)
     vdl = tdl if valid is None else views.loader(Labelled(views.pixels(valid,'validation set'), one_hot(valid.labels, len(views.classes))), 256)
@@ -479,6 +481,7 @@ def train_classifier(train,                        # real images: an `ImageSet`
                      resize:int|None=None,         # side it is cut from; by default `size` below 128 pixels and 8/7 of it from there on
                      pretrained:bool=False,        # start from published weights
                      replacement_probability:float=.5, # chance that a synthetic image stands in for a real one
+                     even:bool=False,              # is it one of any category, each as likely, and not of the real one's? For long tails; not in the paper
                      steps:int=400,                # budget in steps
                      epochs:float|None=None,       # budget in passes through the real images instead
                      batch_size:int=32,
@@ -511,7 +514,7 @@ def train_classifier(train,                        # real images: an `ImageSet`
         if ps.process_index: torch.manual_seed(seed_of(seed,'classifier',ps.process_index))  # the same network, another dropout
         views = Views(tuple(train.classes), size, resize or (size if size<128 else size*8//7), **stats, room=cache_gb*1e9, n_workers=n_workers, device=device)
         learn,chunks = make_learner(train, views, model.to(device, memory_format=torch.channels_last), synthetic, valid, steps=steps, batch_size=batch_size,
-            replacement_probability=replacement_probability, weight_decay=weight_decay, label_smoothing=label_smoothing, class_weights=class_weights,
+            replacement_probability=replacement_probability, even=even, weight_decay=weight_decay, label_smoothing=label_smoothing, class_weights=class_weights,
             flip=flip, crop_scale=crop_scale, seed=seed, cbs=cbs)
         seconds = _fit(learn, chunks, lr, body_lr, warmup, valid is not None, progress, extra)
     scores = evaluate(learn, test) if test is not None and ps.is_main_process else Scores()

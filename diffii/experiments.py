@@ -24,18 +24,20 @@ class Row:
     synthesis: dict|None = None  # settings of `synthesize`; None: the original set alone
     training: dict = field(default_factory=dict)  # settings of `train_classifier`
     inversion: dict = field(default_factory=dict) # settings of the inversion pool
+    images: str|None = None       # row whose synthetic images are used; by default its own
 
 def method_rows(names) -> list:
-    "Rows of augmenters by name, and of the training-time methods CE, CMO and CMO+DRW."
+    "Rows of augmenters by name, and of the training-time methods CE, CMO and CMO+DRW. With '-even' behind its name, an augmenter's images are drawn evenly from all categories in training."
     from diffii.classifier import LONG_TAIL
     from diffii.methods import get_method
     def row(n):
         if n in LONG_TAIL: return Row(n, training=dict(long_tail_method=n))
+        if n.endswith('-even'): return Row(n, dict(method=n.removesuffix('-even')), dict(even=True), images=n.removesuffix('-even'))
         return Row(n, None if get_method(n).start=='nothing' else dict(method=n))
     return [row(n) for n in names]
 
 FEW_SHOT_ROWS = ('original','real-filter','real-guidance','real-mix','da-fusion','diff-aug','diff-mix','diff-ii')
-LONG_TAIL_ROWS = ('CE','CMO','CMO+DRW','real-gen','real-mix','diff-mix','diff-ii')
+LONG_TAIL_ROWS = ('CE','CMO','CMO+DRW','real-gen','real-mix','diff-mix','diff-ii','diff-ii-even')
 
 # task: which settings, the setting, its values
 SWEEPS = dict(split=('synthesis','split_ratio',(0,.1,.3,.5,.7,.9,1)), expansion=('synthesis','expansion',(1,2,5,10)), guidance=('synthesis','guidance_scale',(1,2,4,7.5)), forward=('inversion','forward_steps',(2,8,14,20)))
@@ -172,7 +174,7 @@ def make_synthetic(b:Bench, setting, row, trial, train):
     kw = {**{k:v for k,v in setting.synthesis.items() if k not in recommended or b.task=='long-tail'}, **(dict(expansion=1, steps=5) if b.quick else {}), **row.synthesis}
     cfg = settings_for(SynthesisSettings, recommended, **kw); inversion = dict(steps=cfg.steps, flip=b.world.flip, **row.inversion); concepts = get_concepts(b, setting, trial, train, get_method(cfg.method).learn)
     pool = get_pool(b, setting, trial, train, concepts, inversion) if cfg.start=='circle' else None
-    return synthesize(b.pipe, train, b.work(setting, trial, folder_name(row.name)), b.world.suffixes, b.seed+trial, concepts, inversion_settings=inversion, pool=pool,
+    return synthesize(b.pipe, train, b.work(setting, trial, folder_name(row.images or row.name)), b.world.suffixes, b.seed+trial, concepts, inversion_settings=inversion, pool=pool,
                       progress=lambda s,d,n: b.progress(f'{setting.name} {trial}: {row.name}', d, n) if s=='images' else None, **kw)
 
 # %% ../nbs/13a_experiments.ipynb #6d6ce98e
