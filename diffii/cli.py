@@ -64,8 +64,8 @@ def demo(out:Annotated[Path, Opt(help='Output folder: new, empty, or of the same
     print(r['verdict']); print(f"{r['seconds']['all']:.0f} s; see {out}/report.html and {out}/synthetic")
 
 # %% ../nbs/14_cli.ipynb #ac3b2bf9
-SMALL_MODEL = ('note: the shipped model makes 32-pixel images and has seen only digits and drawn birds. On photographs it runs through every step, but the results are a rehearsal; '
-               'give --model stable-diffusion-v1-5/stable-diffusion-v1-5 (or a folder) for real ones.')
+SMALL_MODEL = ('note: the shipped model makes 32-pixel images and has seen only digits and drawn birds. On photographs it runs through every step, '
+               'but the results are a rehearsal; give --model stable-diffusion-v1-5/stable-diffusion-v1-5 (or a folder) for real ones.')
 
 # %% ../nbs/14_cli.ipynb #03ffd123
 # what and where
@@ -93,12 +93,14 @@ CompileOpt = Annotated[bool, Opt('--compile', help='Compile the U-Net with torch
 # %% ../nbs/14_cli.ipynb #a9046d39
 # contexts
 SuffixesOpt = Annotated[Optional[str], Opt(help="A text file with a context suffix per line, or a published list as '5-shot CUB'.")]
-CaptionerOpt = Annotated[Optional[str], Opt(help='Make suffixes from captions of the images: measure, or an image-to-text model as Salesforce/blip-image-captioning-large.')]
+CaptionerOpt = Annotated[Optional[str], Opt(help='Make suffixes from captions of the images: measure, or an image-to-text model as '
+                                                 'Salesforce/blip-image-captioning-large.')]
 SummariserOpt = Annotated[str, Opt(help='What sums captions up: cluster, openai:MODEL (key and address from the environment), or a chat model.')]
 
 # %% ../nbs/14_cli.ipynb #d64c683d
 # sampling
-MethodOpt = Annotated[Optional[str], Opt(help='diff-ii, or one it is compared with: real-gen, real-filter, real-guidance, real-mix, da-fusion, diff-aug, diff-mix, random-noise. [diff-ii]')]
+MethodOpt = Annotated[Optional[str], Opt(help='diff-ii, or one it is compared with: real-gen, real-filter, real-guidance, real-mix, da-fusion, diff-aug, '
+                                              'diff-mix, random-noise. [diff-ii]')]
 ExpansionOpt = Annotated[Optional[int], Opt(help='Synthetic images for each real one. [5]')]
 SplitRatioOpt = Annotated[Optional[float], Opt(help='Fraction of the denoising under the suffix, 0 to 1. [0.3]')]
 GuidanceOpt = Annotated[Optional[float], Opt(help='Guidance scale of sampling. [7.5]')]
@@ -113,7 +115,8 @@ EqualNormsOpt = Annotated[Optional[bool], Opt(help='Bring the inversions of a pa
 
 # %% ../nbs/14_cli.ipynb #cc3b29a0
 # concepts and inversion
-ConceptsOpt = Annotated[Optional[Path], Opt(help="Concepts learned before: a run's .diffii/concepts, or a published file or folder, as of Diff-Mix, diffusers or A1111.")]
+ConceptsOpt = Annotated[Optional[Path], Opt(help="Concepts learned before: a run's .diffii/concepts, or a published file or folder, as of Diff-Mix, diffusers "
+                                                 "or A1111.")]
 ConceptStepsOpt = Annotated[Optional[int], Opt(help='Steps of concept learning. [35000]')]
 ConceptLrOpt = Annotated[Optional[float], Opt(help='Learning rate of the LoRA. [5e-5]')]
 TokenLrOpt = Annotated[Optional[float], Opt(help='Learning rate of the tokens. [5e-5]')]
@@ -122,7 +125,8 @@ TokensOpt = Annotated[Optional[int], Opt(help='Learned tokens per category. [1]'
 RankOpt = Annotated[Optional[int], Opt(help='Rank of the LoRA; 0 for none. [10]')]
 InitWordOpt = Annotated[Optional[str], Opt(help='Word whose embedding the tokens start from. [the metaclass]')]
 BalancedOpt = Annotated[Optional[bool], Opt(help='Draw categories evenly in concept learning (long tails). [off]')]
-TrackerOpt = Annotated[Optional[str], Opt(help='What follows concept learning: tensorboard (its files go to OUT/.diffii/concepts/log), wandb, or another that accelerate knows.')]
+TrackerOpt = Annotated[Optional[str], Opt(help='What follows concept learning: tensorboard (its files go to OUT/.diffii/concepts/log), wandb, or another that '
+                                               'accelerate knows.')]
 SampleEveryOpt = Annotated[int, Opt(help='Steps between the sample pictures that a tracker gets; 0 for none.')]
 ForwardStepsOpt = Annotated[Optional[int], Opt(help='First inversion steps made by adding noise. [0]')]
 FixedPointItersOpt = Annotated[Optional[int], Opt(help='Corrections of every inversion step. [0]')]
@@ -139,7 +143,8 @@ def augment(images:ImagesOpt, metaclass:MetaclassOpt, out:OutOpt, model:ModelOpt
             equal_norms:EqualNormsOpt=None, concepts:ConceptsOpt=None, concept_steps:ConceptStepsOpt=None, concept_lr:ConceptLrOpt=None,
             token_lr:TokenLrOpt=None, concept_batch:ConceptBatchOpt=None, tokens:TokensOpt=None, rank:RankOpt=None, init_word:InitWordOpt=None,
             balanced:BalancedOpt=None, forward_steps:ForwardStepsOpt=None, fixed_point_iters:FixedPointItersOpt=None, draws:DrawsOpt=None,
-            flip:FlipOpt=True, views:ViewsOpt=True, tracker:TrackerOpt=None, sample_every:SampleEveryOpt=500, image_column:ImageColumnOpt='file_name', label_column:LabelColumnOpt='label', log:LogOpt=None,
+            flip:FlipOpt=True, views:ViewsOpt=True, tracker:TrackerOpt=None, sample_every:SampleEveryOpt=500,
+            image_column:ImageColumnOpt='file_name', label_column:LabelColumnOpt='label', log:LogOpt=None,
             skip_bad:SkipBadOpt=False, seed:SeedOpt=0, device:DeviceOpt=None, dtype:DtypeOpt='float32', variant:VariantOpt=None,
             size:SizeOpt=None, safety_checker:SafetyCheckerOpt=False, batch_size:BatchSizeOpt=64, compile:CompileOpt=False):
     "Diff-II on your own images. Settings in [brackets] are the paper's; the shipped model recommends some of its own."
@@ -149,7 +154,8 @@ def augment(images:ImagesOpt, metaclass:MetaclassOpt, out:OutOpt, model:ModelOpt
     from diffii.pipeline import load_pipeline
     from diffii.suffixes import choose_suffixes, GENERAL
     from diffii.synthesis import synthesize, SynthesisSettings, settings_for
-    given = dict(method=method, strengths=_numbers('--strengths', strengths), gamma=gamma, guided=_numbers('--guided', guided), solver=solver, stride=stride, expansion=expansion,
+    given = dict(method=method, strengths=_numbers('--strengths', strengths), gamma=gamma, guided=_numbers('--guided', guided), solver=solver, stride=stride,
+                 expansion=expansion,
                  split_ratio=split_ratio, guidance_scale=guidance, steps=steps, interpolation=interpolation, equal_norms=equal_norms)
     settings_for(SynthesisSettings, {}, **given); check_tracker(tracker)  # wrong options are told before anything is loaded
     real = image_table(images, None, image_column, label_column, metaclass=metaclass) if images.suffix=='.csv' else image_folder(images, metaclass, skip_bad)
@@ -160,8 +166,10 @@ def augment(images:ImagesOpt, metaclass:MetaclassOpt, out:OutOpt, model:ModelOpt
     if model=='tiny' and metaclass not in ('digit','bird'): say(SMALL_MODEL)
     pipe = load_pipeline(model, device, dtype, variant, size, batch_size, safety_checker, 'inductor' if compile else None)
     S = synthesize(pipe, real, out, chosen, seed, open_concepts(pipe, concepts, real.classes, metaclass) if concepts else None,
-                   dict(steps=concept_steps, lr=concept_lr, token_lr=token_lr, batch_size=concept_batch, n_tokens=tokens, rank=rank, init_word=init_word, balanced=balanced, flip=None if flip else False),
-                   dict(forward_steps=forward_steps, fixed_point_iters=fixed_point_iters, draws=draws, flip=flip, views=views), Steps(quiet=say is not print, log=log if say is print else None), tracker, sample_every, **given)
+                   dict(steps=concept_steps, lr=concept_lr, token_lr=token_lr, batch_size=concept_batch, n_tokens=tokens, rank=rank, init_word=init_word,
+                        balanced=balanced, flip=None if flip else False),
+                   dict(forward_steps=forward_steps, fixed_point_iters=fixed_point_iters, draws=draws, flip=flip, views=views),
+                   Steps(quiet=say is not print, log=log if say is print else None), tracker, sample_every, **given)
     say(f'{len(S)} synthetic images in {out}')
 
 # %% ../nbs/14_cli.ipynb #6e56567a
@@ -207,7 +215,8 @@ def benchmark(task:Annotated[str, typer.Argument(help='few-shot, long-tail, ood,
     from diffii.experiments import benchmark as run, verdicts, read_cells
     say = _say(); out = out or Path('diffii-benchmark')/f'{task}-{Path(dataset).name}'
     training = {k:v for k,v in dict(epochs=epochs, steps=steps, lr=lr, pretrained=pretrained or None).items() if v is not None}
-    t = run(task, dataset, out, _numbers('--shots',shots,int), _numbers('--imbalance',imbalance), methods and tuple(methods.split(',')), _numbers('--values',values), trials, arch, size, training, model, root, test,
+    t = run(task, dataset, out, _numbers('--shots',shots,int), _numbers('--imbalance',imbalance), methods and tuple(methods.split(',')),
+            _numbers('--values',values), trials, arch, size, training, model, root, test,
             metaclass, clip and tuple(clip.rsplit(':',1)), seed, device, dtype, tuning, quick, Steps(quiet=say is not print, log=log if say is print else None))
     if t is None or not len(t): say(f'see {out}'); return
     say(t.round(2).to_string(index=False, na_rep=''))
@@ -216,7 +225,8 @@ def benchmark(task:Annotated[str, typer.Argument(help='few-shot, long-tail, ood,
 
 # %% ../nbs/14_cli.ipynb #bea4393c
 @app.command()
-def speed(model:Annotated[str, Opt(help='As for augment.')]='tiny', categories:Annotated[int, Opt(help='Of the job.')]=5, images:Annotated[int, Opt(help='Per category.')]=4,
+def speed(model:Annotated[str, Opt(help='As for augment.')]='tiny', categories:Annotated[int, Opt(help='Of the job.')]=5,
+          images:Annotated[int, Opt(help='Per category.')]=4,
           expansion:Annotated[int, Opt(help='Synthetic images for each.')]=5, repeats:Annotated[int, Opt(help='The median of so many is told.')]=3,
           compile:CompileOpt=False, memory:Annotated[bool, Opt(help='Also how time and peak memory grow with the job.')]=True):
     "Images per second against one image at a time, and how time and memory grow."
@@ -229,7 +239,8 @@ def speed(model:Annotated[str, Opt(help='As for augment.')]='tiny', categories:A
 def status(folder:Annotated[Path, typer.Argument(help='A folder that diffii augment writes, or wrote.')]):
     "What is done, what is missing, and how fast it goes."
     from diffii.synthesis import status as look
-    for k,v in look(folder).items(): print(f'{k:<11}', 'unknown yet' if v is None else ', '.join(f'{a} {b}' for a,b in v.items()) or 'nothing' if isinstance(v,dict) else v)
+    for k,v in look(folder).items():
+        print(f'{k:<11}', 'unknown yet' if v is None else ', '.join(f'{a} {b}' for a,b in v.items()) or 'nothing' if isinstance(v,dict) else v)
 
 # %% ../nbs/14_cli.ipynb #7e118047
 @app.command()

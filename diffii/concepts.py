@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
 from safetensors import safe_open
-from .core import UserError, require, processes, atomic, folder_name, generator, seed_of, read_json, write_json, save_tensors, load_tensors, optimizer_tensors, load_optimizer_tensors
+from .core import UserError, require, processes, atomic, folder_name, generator, seed_of, read_json, write_json
+from .core import save_tensors, load_tensors, optimizer_tensors, load_optimizer_tensors
 from .data import ImageSet
 from .pipeline import Pipeline, Conditioning, out_of_memory, ddim_grid, ddim_step
 
@@ -107,7 +108,8 @@ def lora_config(rank, lora=None): # -> peft.LoraConfig
     "LoRA with alpha = rank: on the U-Net's attention, or on the layers of a state dict in peft's names, each with the rank it has there."
     from peft import LoraConfig
     ranks = {k.split('.lora_A.')[0]: len(v) for k,v in (lora or {}).items() if '.lora_A.' in k}; other = {k: r for k,r in ranks.items() if r!=rank}
-    return LoraConfig(r=rank, lora_alpha=rank, rank_pattern=other, alpha_pattern=dict(other), init_lora_weights='gaussian', target_modules=sorted(ranks) or LORA_TARGETS)
+    return LoraConfig(r=rank, lora_alpha=rank, rank_pattern=other, alpha_pattern=dict(other), init_lora_weights='gaussian',
+                      target_modules=sorted(ranks) or LORA_TARGETS)
 
 def _add_lora(pipe, config):
     "Put a LoRA on the U-Net and return its parameters, sorted by name; they are float32 whatever the U-Net is."
@@ -136,7 +138,8 @@ def _add_words(pipe, words, rows):
 def attach(self:Concepts, pipe:Pipeline):
     "Put the concepts on their model; returns a function that takes them off. Raises `UserError` on another model."
     from peft import set_peft_model_state_dict
-    require(same_model(self.base, model_digest(pipe)), f'concepts were learned on another model than {pipe.model}; learn them again, or give the model they were learned on with --model')
+    require(same_model(self.base, model_digest(pipe)), f'concepts were learned on another model than {pipe.model}; learn them again, or give the model they '
+                                                       'were learned on with --model')
     words = [w for k in range(len(self.classes)) for w in self.placeholders(k)]
     off = _add_words(pipe, words, self.rows)
     def undo():
@@ -215,7 +218,9 @@ def concept_training(pipe:Pipeline, images:ImageSet, cfg:ConceptSettings, seed:i
         file = folder and Path(folder)/'checkpoint.safetensors'
         start = _resume(file, got, opt, rows+lora, seed) if file and file.exists() else 0
         for step in range(start, cfg.steps):
-            with _room(cfg): loss = _train_step(acc, learner, opt, rows+lora, cfg, _draw_batch(step, seed, cfg, labels, views.shape[1], views.shape[2:]), views, labels, got.log)
+            with _room(cfg):
+                loss = _train_step(acc, learner, opt, rows+lora, cfg, _draw_batch(step, seed, cfg, labels, views.shape[1], views.shape[2:]), views, labels,
+                                   got.log)
             acc.log({'loss': loss}, step=step+1)
             if sample_every and acc.trackers and (step+1)%sample_every==0:
                 with _room(cfg): _log_samples(acc, pipe, [got.prompt(k) for k in range(min(K,4))], seed, step+1)
@@ -243,16 +248,19 @@ def _accelerator(pipe, folder, cfg, tracker):
     "accelerate's `Accelerator` for this pipeline, with trackers that have begun."
     from accelerate import Accelerator
     check_tracker(tracker); log = dict(log_with=tracker, project_dir=Path(folder or '.')/'log') if tracker else {}
-    acc = Accelerator(mixed_precision={torch.float16:'fp16', torch.bfloat16:'bf16'}.get(pipe.dtype,'no') if pipe.device.type=='cuda' else 'no', cpu=pipe.device.type=='cpu', **log)
+    acc = Accelerator(mixed_precision={torch.float16:'fp16', torch.bfloat16:'bf16'}.get(pipe.dtype,'no') if pipe.device.type=='cuda' else 'no',
+                      cpu=pipe.device.type=='cpu', **log)
     try: acc.init_trackers('concepts', asdict(cfg))
-    except Exception as e: raise UserError(f'--tracker {tracker}: does not start ({(str(e).strip() or type(e).__name__).splitlines()[0]}); set it up, or go on without') from e
+    except Exception as e:
+        raise UserError(f'--tracker {tracker}: does not start ({(str(e).strip() or type(e).__name__).splitlines()[0]}); set it up, or go on without') from e
     return acc
 
 # %% ../nbs/05_concepts.ipynb #8756cbe0
 @torch.no_grad()
 def sample_row(pipe:Pipeline, prompts:list, seed:int=0, steps:int=10) -> np.ndarray: # (height, n*width, 3) uint8
     "A quick picture for each prompt, side by side: a few DDIM steps from a noise of its own. One at a time, since training has the memory."
-    scale = pipe.recommended.get('synthesis',{}).get('guidance_scale',7.5); shape = (1, pipe.unet.config.in_channels, *[pipe.size//pipe.pipe.vae_scale_factor]*2)
+    scale = pipe.recommended.get('synthesis',{}).get('guidance_scale',7.5)
+    shape = (1, pipe.unet.config.in_channels, *[pipe.size//pipe.pipe.vae_scale_factor]*2)
     grid = ddim_grid(pipe, steps); none = pipe.encode_prompts(['']); out = []
     for i,p in enumerate(prompts):
         x = torch.randn(shape, generator=generator(seed,'sample',i)).to(pipe.device); cond = pipe.encode_ids(pipe.tokenize([p]))  # not kept: the words change
@@ -285,7 +293,8 @@ def _room(cfg):
     try: yield
     except (RuntimeError, MemoryError) as e:
         if not out_of_memory(e): raise
-        raise UserError(f'--concept-batch {cfg.batch_size}: memory ran out in concept learning; give a smaller one, --dtype float16 or a smaller --size, or more processes, which share the batch') from e
+        raise UserError(f'--concept-batch {cfg.batch_size}: memory ran out in concept learning; give a smaller one, --dtype float16 or a smaller --size, or '
+                        'more processes, which share the batch') from e
 
 # %% ../nbs/05_concepts.ipynb #fa999ec7
 def _train_step(acc, learner, opt, params, cfg, batch, views, labels, log):
@@ -328,7 +337,8 @@ def learn_concepts(pipe:Pipeline,    # the model; it is left as it was
     "Learn token embeddings for every category and one LoRA for all (step 1 of Diff-II)."
     cfg = settings_for(ConceptSettings, pipe.recommended.get('concepts',{}), **settings)
     require(len(images), 'learn_concepts: the image set is empty')
-    n = processes().num_processes; require(cfg.batch_size%n==0, f'--concept-batch {cfg.batch_size}: give a multiple of the {n} processes, which share every batch')
+    n = processes().num_processes
+    require(cfg.batch_size%n==0, f'--concept-batch {cfg.batch_size}: give a multiple of the {n} processes, which share every batch')
     if folder and (Path(folder)/'concepts.json').is_file():
         got = Concepts.load(folder); same = got.settings==asdict(cfg) and tuple(got.classes)==tuple(images.classes) and same_model(got.base, model_digest(pipe))
         require(same, f'{folder}: holds concepts of other settings, categories or another model; delete it, or give another folder')
@@ -354,20 +364,25 @@ def save(self:Concepts, folder):
     if self.lora:
         about = {k: sorted(v) if isinstance(v,set) else v for k,v in lora_config(self.settings['rank'], self.lora).to_dict().items()}
         with atomic(folder/'pytorch_lora_weights.safetensors') as tmp:
-            StableDiffusionPipeline.save_lora_weights(tmp.parent, convert_state_dict_to_diffusers(self.lora), weight_name=tmp.name, unet_lora_adapter_metadata=about)
-    write_json(folder/'concepts.json', dict(classes=self.classes, metaclass=self.metaclass, base=self.base, settings=self.settings, text_encoders=len(self.rows), log=self.log))
+            StableDiffusionPipeline.save_lora_weights(tmp.parent, convert_state_dict_to_diffusers(self.lora), weight_name=tmp.name,
+                                                      unet_lora_adapter_metadata=about)
+    write_json(folder/'concepts.json', dict(classes=self.classes, metaclass=self.metaclass, base=self.base, settings=self.settings,
+                                            text_encoders=len(self.rows), log=self.log))
 
 @patch(cls_method=True)
 def load(cls:Concepts, folder) -> Concepts:
     "Read what `save` wrote. Raises `UserError` for a missing file or token."
-    folder = Path(folder); require((folder/'concepts.json').is_file(), f'{folder}: no concepts.json, so no learned concepts; give the folder that learn_concepts wrote, or read a published one with import_concepts')
+    folder = Path(folder)
+    require((folder/'concepts.json').is_file(), f'{folder}: no concepts.json, so no learned concepts; give the folder that learn_concepts wrote, or read a '
+                                                'published one with import_concepts')
     meta = read_json(folder/'concepts.json'); rows = []
     for j in range(meta['text_encoders']):
         file = folder/f'learned_embeds{"_"+str(j+1) if j else ""}.safetensors'; t,_ = load_tensors(file)
         missing = [f'<c{k}> ({c})' for k,c in enumerate(meta['classes']) if f'<c{k}>' not in t]
         require(not missing, f'{file}: no embedding for {", ".join(missing[:3])}; learn the concepts again')
         rows.append(torch.cat([t[f'<c{k}>'] for k in range(len(meta['classes']))]))
-    return cls(tuple(meta['classes']), meta['metaclass'], meta['settings'], meta['base'], rows, _load_lora(folder) if meta['settings']['rank'] else {}, meta['log'])
+    return cls(tuple(meta['classes']), meta['metaclass'], meta['settings'], meta['base'], rows, _load_lora(folder) if meta['settings']['rank'] else {},
+               meta['log'])
 
 # %% ../nbs/05_concepts.ipynb #82557b59
 def read_weights(path): # -> (what the file holds, the metadata of its header)
@@ -377,7 +392,9 @@ def read_weights(path): # -> (what the file holds, the metadata of its header)
         if path.suffix!='.safetensors': held,meta = torch.load(path, map_location='cpu', weights_only=True), {}
         else:
             with safe_open(path, 'pt') as f: held,meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
-    except Exception as e: raise UserError(f'{path}: not a file of tensors alone ({type(e).__name__}), and others are not read, since they could run code; fetch it again or get it as safetensors') from e
+    except Exception as e:
+        raise UserError(f'{path}: not a file of tensors alone ({type(e).__name__}), and others are not read, since they could run code; fetch it again or get '
+                        'it as safetensors') from e
     require(isinstance(held, dict), f'{path}: holds no named tensors; get it as safetensors')
     return held, meta
 
@@ -397,7 +414,8 @@ def lora_to_peft(tensors:dict, # tensors of a LoRA, in any of the four dialects
         else: weights[re.sub(r'\.(lora_[AB])\.\w+\.weight$', r'.\1.weight', k)] = v.detach().float()
     weights = convert_unet_state_dict_to_peft(weights)
     alphas = {re.sub(r'\.(lora_A|down)\.weight$', '', k): v for k,v in convert_unet_state_dict_to_peft(alphas).items()}
-    odd = [k for k in weights if not re.search(r'\.lora_[AB]\.weight$', k)] + [m for m in sorted({k.split('.lora_')[0] for k in weights}) if not {f'{m}.lora_A.weight',f'{m}.lora_B.weight'}<=set(weights)]
+    layers = sorted({k.split('.lora_')[0] for k in weights}); odd = [k for k in weights if not re.search(r'\.lora_[AB]\.weight$', k)]
+    odd += [m for m in layers if not {f'{m}.lora_A.weight',f'{m}.lora_B.weight'}<=set(weights)]
     require(weights and not odd, f'{source}: not a LoRA of a U-Net in a format of diffusers, peft or kohya ({(odd or ["empty"])[0]})')
     return _fold_alpha(weights, alphas, meta or {})
 
@@ -419,7 +437,9 @@ def _load_lora(folder):
 def _embeddings_of(file):
     "The embeddings in one file: name -> one tensor for each text encoder."
     t,meta = read_weights(file); name = json.loads(meta.get('json','{}')).get('name') or file.stem
-    if 'learned_embeds_dict' in t: names = {p: n for n,p in t.get('name2placeholder',{}).items()}; return {names.get(p,p): [e] for p,e in t['learned_embeds_dict'].items()}  # Diff-Mix
+    if 'learned_embeds_dict' in t:  # Diff-Mix
+        names = {p: n for n,p in t.get('name2placeholder',{}).items()}
+        return {names.get(p,p): [e] for p,e in t['learned_embeds_dict'].items()}
     if 'string_to_param' in t: return {name: [next(iter(t['string_to_param'].values()), None)]}  # A1111, .pt
     if 'emb_params' in t: return {name: [t['emb_params']]}                                    # A1111, safetensors
     if 'clip_g' in t: return {name: [t[k] for k in ('clip_l','clip_g') if k in t]}                             # the same for SDXL
@@ -442,7 +462,8 @@ def read_embeddings(path    # a file, or a folder of files
     path = Path(path); out = {}
     for file in _embedding_files(path):
         for name,parts in _embeddings_of(file).items():
-            require(all(isinstance(e,torch.Tensor) and e.dim() in (1,2) for e in parts), f'{file}: {name} is not an embedding; give a file of textual inversion')
+            require(all(isinstance(e,torch.Tensor) and e.dim() in (1,2) for e in parts),
+                    f'{file}: {name} is not an embedding; give a file of textual inversion')
             require(all(e.isfinite().all() for e in parts), f'{file}: the embedding of {name} is not finite; get another copy')
             out[name] = [e.detach().float().reshape(-1,e.shape[-1]) for e in parts]
     require(out, f'{path}: no file of embeddings there; give one, or the folder it is in')
@@ -469,7 +490,8 @@ def _import_lora(pipe, file):
     layers = dict(pipe.unet.named_modules()); got = lora_to_peft(*read_weights(file), layers=layers, source=file)
     for m in sorted({k.split('.lora_')[0] for k in got}):
         w = getattr(layers.get(m), 'weight', None)
-        require(w is not None and (got[f'{m}.lora_A.weight'].shape[1], len(got[f'{m}.lora_B.weight']))==(w.shape[1], len(w)), f'{file}: its layer {m} does not fit the U-Net of {pipe.model}; give the model it was learned on')
+        require(w is not None and (got[f'{m}.lora_A.weight'].shape[1], len(got[f'{m}.lora_B.weight']))==(w.shape[1], len(w)),
+                f'{file}: its layer {m} does not fit the U-Net of {pipe.model}; give the model it was learned on')
     return got
 
 # %% ../nbs/05_concepts.ipynb #85e2281e
@@ -482,11 +504,14 @@ def import_concepts(pipe:Pipeline,   # the model they were learned on
     "Concepts in a published format: Diff-Mix's and Diff-II's, diffusers', or A1111's. Raises `UserError` for a category without a token, and for another model's widths."
     found = read_embeddings(embeds); names = dict(classes) if isinstance(classes, dict) else {c: c for c in (classes or found)}
     match = {c: _find(found, t) for c,t in names.items()}; missing = [str(c) for c,t in match.items() if t is None]
-    require(not missing, f'{embeds}: no token for {", ".join(missing[:5])}{" ..." if len(missing)>5 else ""} among {", ".join(list(found)[:5])}{" ..." if len(found)>5 else ""}; give classes as a dict from names to tokens')
+    require(not missing, f'{embeds}: no token for {", ".join(missing[:5])}{" ..." if len(missing)>5 else ""} among '
+                         f'{", ".join(list(found)[:5])}{" ..." if len(found)>5 else ""}; give classes as a dict from names to tokens')
     require(len(set(match.values()))==len(match), f'{embeds}: two categories have the same token; give classes as a dict from names to tokens')
-    widths = [getattr(pipe.pipe,e).get_input_embeddings().weight.shape[1] for _,e in pipe.text_parts]; parts = [found[t] for t in match.values()]; n = len(parts[0][0])
+    widths = [getattr(pipe.pipe,e).get_input_embeddings().weight.shape[1] for _,e in pipe.text_parts]
+    parts = [found[t] for t in match.values()]; n = len(parts[0][0])
     for c,es in zip(match, parts):
-        require([e.shape[1] for e in es]==widths, f'{embeds}: {c} has vectors of width {[e.shape[1] for e in es]}, the text encoders of {pipe.model} have {widths}; give the model they were learned on and the files of all its encoders')
+        require([e.shape[1] for e in es]==widths, f'{embeds}: {c} has vectors of width {[e.shape[1] for e in es]}, the text encoders of {pipe.model} have '
+                                                  f'{widths}; give the model they were learned on and the files of all its encoders')
         require({len(e) for e in es}=={n}, f'{embeds}: {c} has {len(es[0])} vectors, others have {n}; import them apart')
     file = _lora_file(embeds, lora); weights = _import_lora(pipe, file) if file else {}
     settings = ConceptSettings(n_tokens=n, rank=max([len(v) for k,v in weights.items() if '.lora_A.' in k], default=0), steps=0)  # learned elsewhere
@@ -500,10 +525,12 @@ def open_concepts(pipe:Pipeline, place, classes=None, metaclass='object') -> Con
 # %% ../nbs/05_concepts.ipynb #43be6eab
 def _export_diff_mix(c, folder):
     "Diff-Mix's two files; one token per category, and diffusers' old names in the LoRA, which its old and new versions read."
-    require(c.n_tokens==1 and len(c.rows)==1, f'diff-mix: has room for one vector per category and one text encoder, these have {c.n_tokens} and {len(c.rows)}; export as diffusers or a1111')
+    require(c.n_tokens==1 and len(c.rows)==1, f'diff-mix: has room for one vector per category and one text encoder, these have {c.n_tokens} and '
+                                              f'{len(c.rows)}; export as diffusers or a1111')
     names = {str(n): f'<class_{k}>' for k,n in enumerate(c.classes)}
     with atomic(folder/'learned_embeds-steps-last.bin') as tmp:
-        torch.save(dict(learned_embeds_dict={p: r.clone() for p,r in zip(names.values(), c.rows[0])}, name2placeholder=names, placeholder2name={p: n for n,p in names.items()}), tmp)
+        torch.save(dict(learned_embeds_dict={p: r.clone() for p,r in zip(names.values(), c.rows[0])}, name2placeholder=names,
+                        placeholder2name={p: n for n,p in names.items()}), tmp)
     def old(key):
         layer,_,end = key.partition('.lora_'); proc = re.sub(r'\.to_(q|k|v|out)(\.0)?$', r'.processor.to_\1_lora', layer)
         return f"unet.{proc if proc!=layer else layer+'.lora'}.{dict(A='down',B='up')[end[0]]}.weight"
@@ -513,7 +540,8 @@ def _export_a1111(c, folder):
     "A1111's folders: `embeddings` with a file per category, whose name is the word in the prompt, and the LoRA under kohya's names in `models/Lora`."
     for k,name in enumerate(c.classes):
         rows = [r.split(c.n_tokens)[k] for r in c.rows]
-        save_tensors(folder/'embeddings'/f'{folder_name(str(name))}.safetensors', dict(emb_params=rows[0]) if len(rows)==1 else dict(clip_l=rows[0], clip_g=rows[1]), dict(name=str(name)))
+        save_tensors(folder/'embeddings'/f'{folder_name(str(name))}.safetensors',
+                     dict(emb_params=rows[0]) if len(rows)==1 else dict(clip_l=rows[0], clip_g=rows[1]), dict(name=str(name)))
     flat = {}
     for key,v in c.lora.items():
         layer,_,end = key.partition('.lora_'); head = 'lora_unet_'+layer.replace('.','_')

@@ -39,7 +39,8 @@ DATASETS = dict(
         'images, images.txt, image_class_labels.txt, train_test_split.txt and classes.txt', 'https://www.vision.caltech.edu/datasets/cub_200_2011/',
         url='https://s3.amazonaws.com/fast-ai-imageclas/CUB_200_2011.tgz', few_shot='CUB', long_tail='CUB-LT'),
     aircraft=PaperDataset('FGVC-Aircraft', 'aircraft', 100, dict(train=3334, val=3333, trainval=6667, test=3333), 'fgvc-aircraft-2013b',
-        'data/images, data/variants.txt and data/images_variant_train.txt, ..._val.txt, ..._trainval.txt, ..._test.txt', f'{_VGG}/fgvc-aircraft/', few_shot='Aircraft'),
+        'data/images, data/variants.txt and data/images_variant_train.txt, ..._val.txt, ..._trainval.txt, ..._test.txt', f'{_VGG}/fgvc-aircraft/',
+        few_shot='Aircraft'),
     car=PaperDataset('Stanford Cars', 'car', 196, dict(train=8144, test=8041), 'stanford_cars',
         'the pictures in cars_train and cars_test, devkit/cars_train_annos.mat, devkit/cars_meta.mat and cars_test_annos_withlabels.mat',
         'https://ai.stanford.edu/~jkrause/cars/car_dataset.html', gone=True, few_shot='Car'),
@@ -64,7 +65,8 @@ def _species(folder): # '001.Black_footed_Albatross' -> (1, 'Black footed Albatr
 
 def _read_cub(folder, split): # -> (paths, names, labels, classes, groups)
     names,labels,train,classes = (_numbered(folder/f'{f}.txt') for f in ('images','image_class_labels','train_test_split','classes'))
-    require(names.keys()==labels.keys()==train.keys(), f'{folder}: images.txt, image_class_labels.txt and train_test_split.txt are not about the same images; unpack the archive again')
+    require(names.keys()==labels.keys()==train.keys(), f'{folder}: images.txt, image_class_labels.txt and train_test_split.txt are not about the same images; '
+                                                       'unpack the archive again')
     ids = [i for i in sorted(names) if (train[i]=='1')==(split=='train')]; order = sorted(classes)
     return [folder/'images'/names[i] for i in ids], [names[i] for i in ids], [order.index(int(labels[i])) for i in ids], [_species(classes[k])[1] for k in order], None
 
@@ -112,7 +114,8 @@ def _download(name, root):
         if info.url: download_and_extract_archive(info.url, root)
         else: _torchvision(name)(root, download=True)
     except Exception as e: # the network, the disk, the archive: each has errors of its own
-        raise UserError(f'{root/info.folder}: {info.title} could not be downloaded ({_why(e)}); remove what came of it from {root} and try again, or {_remedy(info)}') from e
+        raise UserError(f'{root/info.folder}: {info.title} could not be downloaded ({_why(e)}); remove what came of it from {root} and try again, or '
+                        f'{_remedy(info)}') from e
 
 # %% ../nbs/01a_datasets.ipynb #6af8a174
 def _read(name, folder, split): # -> (paths, names, labels, classes, groups)
@@ -143,7 +146,9 @@ def paper_dataset(name:str,       # 'cub', 'aircraft', 'car', 'pet', 'flower' or
     require(folder, f'{root/info.folder}: no such folder; {_remedy(info)}' + ('' if info.gone else ', or pass download=True'))
     paths,names,labels,classes,groups = zip(*(_read(name, folder, p) for p in parts))
     paths = sum(paths, [])
-    if lost := [p for p in paths if not p.is_file()]: raise UserError(f'{lost[0]}: listed but not there ({len(lost)} of {len(paths)} pictures are missing); {_remedy(info)}')
-    s = ImageSet(tuple(paths), tuple(sum(labels, [])), tuple(classes[0]), info.metaclass, tuple(sum(names, [])), tuple(sum(groups, [])) if name=='waterbirds' else None)
+    if lost := [p for p in paths if not p.is_file()]:
+        raise UserError(f'{lost[0]}: listed but not there ({len(lost)} of {len(paths)} pictures are missing); {_remedy(info)}')
+    s = ImageSet(tuple(paths), tuple(sum(labels, [])), tuple(classes[0]), info.metaclass, tuple(sum(names, [])),
+                 tuple(sum(groups, [])) if name=='waterbirds' else None)
     if check: _check(s, info, folder, split, sum(info.images[p] for p in parts))
     return s

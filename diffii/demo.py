@@ -30,7 +30,8 @@ class Steps:
         if not self.log or (now-self.logged<1 and done<total): return
         self.logged = now; rate = (done-self.first)/max(now-self.began,1e-6)
         with open(self.log,'a',encoding='utf-8') as f:
-            f.write(json.dumps(dict(time=round(now,2), step=self.name, done=done, total=total, per_second=round(rate,3), seconds_left=round((total-done)/rate,1) if rate else None))+'\n')
+            f.write(json.dumps(dict(time=round(now,2), step=self.name, done=done, total=total, per_second=round(rate,3),
+                                    seconds_left=round((total-done)/rate,1) if rate else None))+'\n')
     def close(self):
         if self.bar is not None:
             self.bar.refresh(); self.bar.close(); self.seconds[self.name] = self.seconds.get(self.name,0)+time.time()-self.began
@@ -51,11 +52,13 @@ def load_world(name:str='digits', tuning:bool=False) -> World: # tuning: for cho
     if name=='digits':
         from diffii.digits import digits_set, digit_suffixes
         pool,valid = digits_set('pool'),digits_set('validation')
-        return World(name, pool, valid, valid if tuning else digits_set('test'), digit_suffixes(), False, plenty=lambda classes, n: pool+valid)  # all there are, about 60 of each
+        return World(name, pool, valid, valid if tuning else digits_set('test'), digit_suffixes(), False,
+                     plenty=lambda classes, n: pool+valid)  # all there are, about 60 of each
     from diffii.aviary import aviary_set, waterbirds_twin, CONTEXTS, UNSEEN, VALIDATION
     n = VALIDATION if tuning else UNSEEN
     return World(name, aviary_set(n,20,1), aviary_set(n,30,2), aviary_set(n,50,3), [p for c in CONTEXTS.values() for p in c.phrases], True,
-                 tail=lambda: aviary_set(n,40,1), shifted=lambda shots, seed: waterbirds_twin(shots, seed=seed), plenty=lambda classes, m: aviary_set([int(c.split('_')[-1]) for c in classes], m, 9))
+                 tail=lambda: aviary_set(n,40,1), shifted=lambda shots, seed: waterbirds_twin(shots, seed=seed),
+                 plenty=lambda classes, m: aviary_set([int(c.split('_')[-1]) for c in classes], m, 9))
 
 # %% ../nbs/13_demo.ipynb #e1b05a6b
 def circle_strip(pipe, concepts, pool, k:int, n:int=13, guidance_scale=None, seed=0) -> list: # of n Pillow images
@@ -64,11 +67,13 @@ def circle_strip(pipe, concepts, pool, k:int, n:int=13, guidance_scale=None, see
     from diffii.interpolation import slerp, angle, draw_pairs
     from diffii.inversion import image_of
     from diffii.denoising import two_stage_denoise
-    a,b = draw_pairs(len(pool.names[k]), 1, generator(seed,'strip'), [image_of(x) for x in pool.names[k]])[0]; A,B = pool.latents[k][a][None], pool.latents[k][b][None]
+    a,b = draw_pairs(len(pool.names[k]), 1, generator(seed,'strip'), [image_of(x) for x in pool.names[k]])[0]
+    A,B = pool.latents[k][a][None], pool.latents[k][b][None]
     turn = 2*math.pi/angle(A,B).item()                       # strength of a whole circle; downwards, since Eq. 7 walks away from b first
     z = torch.cat([slerp(A,B,(1-i/(n-1))*turn) for i in range(n)])
     with concepts.attached(pipe):
-        return pipe.decode_latents(two_stage_denoise(pipe, z, pipe.encode_prompts([concepts.prompt(k)]*n), guidance_scale=guidance_scale or pipe.recommended.get('synthesis',{}).get('guidance_scale',7.5)))
+        return pipe.decode_latents(two_stage_denoise(pipe, z, pipe.encode_prompts([concepts.prompt(k)]*n),
+                                                     guidance_scale=guidance_scale or pipe.recommended.get('synthesis',{}).get('guidance_scale',7.5)))
 
 def grid(images:list, columns:int, scale:int=2, gap:int=2): # -> Pillow image
     "Images of one size as a grid, enlarged by a whole factor with sharp pixels."
@@ -118,16 +123,19 @@ def demo(out='diffii-demo',    # output folder: new, empty, or of the same demo,
     require(trials>=1, f'--trials {trials}: give a number of 1 or more')
     w = load_world(data); few,_ = few_shot(w.pool, shots, seed); pipe = load_pipeline(model)
     claim(out, dict(data=data, shots=shots, model=model, seed=seed, quick=quick), '.demo.json')
-    S = synthesize(pipe, few, out/'synthetic', w.suffixes, seed, concept_settings=dict(flip=w.flip, steps=20 if quick else None, batch_size=8 if quick else None), inversion_settings=dict(flip=w.flip),
+    S = synthesize(pipe, few, out/'synthetic', w.suffixes, seed,
+                   concept_settings=dict(flip=w.flip, steps=20 if quick else None, batch_size=8 if quick else None), inversion_settings=dict(flip=w.flip),
                    progress=steps, **(dict(expansion=2) if quick else {}))
     accuracy = compare(few, S, w.test, trials, seed, w.flip, steps, **(dict(steps=30) if quick else {}))
     lpips,note = _diversity(few, S, steps)
     run = json.loads((S.folder/STATE/'run.json').read_text()); state = S.folder/STATE
     concepts,pool = Concepts.load(state/'concepts'), load_pool(state/'pool', few.classes)
-    r = dict(data=data, shots=shots, quick=quick, seed=seed, model=model, classes=few.classes, metaclass=few.metaclass, real=len(few), synthetic=len(S), test=len(w.test), trials=trials,
+    r = dict(data=data, shots=shots, quick=quick, seed=seed, model=model, classes=few.classes, metaclass=few.metaclass, real=len(few), synthetic=len(S),
+             test=len(w.test), trials=trials,
              accuracy=accuracy, verdict=verdict(accuracy), lpips=lpips, lpips_note=note, inversions=pool.stats(), seconds={**steps.seconds, 'all': time.time()-began},
              settings={f'{g}: {k}': v for g in ('concepts','inversion','synthesis') for k,v in run[g].items()})
-    write_json(out/'results.json', r); write_report(out/'report.html', r, _pictures(few, S, circle_strip(pipe, concepts, pool, k=0 if len(pool.names[0])>1 else 1), r))
+    write_json(out/'results.json', r)
+    write_report(out/'report.html', r, _pictures(few, S, circle_strip(pipe, concepts, pool, k=0 if len(pool.names[0])>1 else 1), r))
     return r
 
 # %% ../nbs/13_demo.ipynb #e1bf9ddf
@@ -168,4 +176,5 @@ def _pictures(few, S, strip, r):
     n = min(r['shots'],5)
     return [('Real images', grid(pick(few,n), n*max(1,10//n)), f'All that was trained on: {r["shots"]} of each category.'),
             ('Synthetic images', grid(pick(S,10), 10), 'A row for each category.'),
-            ('One circle', grid(strip, len(strip)), f'Category {few.classes[0]}: once around the circle of one pair, from the first image over the second and back to the first.')]
+            ('One circle', grid(strip, len(strip)),
+             f'Category {few.classes[0]}: once around the circle of one pair, from the first image over the second and back to the first.')]

@@ -27,7 +27,7 @@ class Row:
     images: str|None = None       # row whose synthetic images are used; by default its own
 
 def method_rows(names) -> list:
-    "Rows of augmenters by name, and of the training-time methods CE, CMO and CMO+DRW. With '-even' behind its name, an augmenter's images are drawn evenly from all categories in training."
+    "Rows of augmenters by name, and of the training-time methods CE, CMO and CMO+DRW; with '-even' behind its name, an augmenter's images are drawn evenly."
     from diffii.classifier import LONG_TAIL
     from diffii.methods import get_method
     def row(n):
@@ -40,16 +40,19 @@ FEW_SHOT_ROWS = ('original','real-filter','real-guidance','real-mix','da-fusion'
 LONG_TAIL_ROWS = ('CE','CMO','CMO+DRW','real-gen','real-mix','diff-mix','diff-ii','diff-ii-even')
 
 # task: which settings, the setting, its values
-SWEEPS = dict(split=('synthesis','split_ratio',(0,.1,.3,.5,.7,.9,1)), expansion=('synthesis','expansion',(1,2,5,10)), guidance=('synthesis','guidance_scale',(1,2,4,7.5)), forward=('inversion','forward_steps',(2,8,14,20)))
+SWEEPS = dict(split=('synthesis','split_ratio',(0,.1,.3,.5,.7,.9,1)), expansion=('synthesis','expansion',(1,2,5,10)),
+              guidance=('synthesis','guidance_scale',(1,2,4,7.5)), forward=('inversion','forward_steps',(2,8,14,20)))
 
 def sweep(task, values=None) -> list:
     "Diff-II with one setting at several values."
     of,setting,default = SWEEPS[task]; number = int if setting in ('expansion','forward_steps') else float
-    def row(v): return Row(f'{setting}={v:g}', dict(method='diff-ii', **({setting: v} if of=='synthesis' else {})), inversion={setting: v} if of=='inversion' else {})
+    def row(v):
+        return Row(f'{setting}={v:g}', dict(method='diff-ii', **({setting: v} if of=='synthesis' else {})), inversion={setting: v} if of=='inversion' else {})
     return [row(number(v)) for v in values or default]
 
 BOTH = 'circle yes, two-stage yes'
-ABLATION = [Row('original'), *[Row(f'circle {"yes" if c else "no"}, two-stage {"yes" if t else "no"}', dict(method='diff-ii', interpolation='circle' if c else 'none', **({} if t else dict(split_ratio=0.))))
+ABLATION = [Row('original'), *[Row(f'circle {"yes" if c else "no"}, two-stage {"yes" if t else "no"}',
+                                   dict(method='diff-ii', interpolation='circle' if c else 'none', **({} if t else dict(split_ratio=0.))))
                               for t in (False,True) for c in (False,True)],
             Row(f'{BOTH}, plain inversion', dict(method='diff-ii'), inversion=dict(forward_steps=0, fixed_point_iters=0, draws=1))]
 
@@ -89,7 +92,8 @@ def _long_tail(w, imbalance, rows, seed):
 
 def _ood(w, shots, rows, seed):
     require(w.shifted, f'--dataset {w.name}: has no shifted test set; use aviary, or cub with a --root that holds Waterbirds too')
-    return Setting(f'{shots}-shot, shifted', lambda trial: w.shifted(shots, seed+trial), rows, dict(split_ratio=PAPER_SPLIT.get(shots,.3)), table=('waterbirds', ''))
+    return Setting(f'{shots}-shot, shifted', lambda trial: w.shifted(shots, seed+trial), rows, dict(split_ratio=PAPER_SPLIT.get(shots,.3)),
+                   table=('waterbirds', ''))
 
 # %% ../nbs/13a_experiments.ipynb #00fdea1d
 TASKS = ('few-shot','long-tail','ood','ablation','strength','fast',*SWEEPS)
@@ -99,7 +103,8 @@ def settings_of(task, w, shots=(5,), imbalance=(100,20,10), methods=None, values
     require(task in TASKS, f'{task}: one of {", ".join(TASKS)}')
     if task=='long-tail': return [_long_tail(w, i, method_rows(methods or LONG_TAIL_ROWS), seed) for i in imbalance]
     if task=='ood': return [_ood(w, s, method_rows(methods or FEW_SHOT_ROWS), seed) for s in shots]
-    rows = [Row('original')]+sweep(task, values) if task in SWEEPS else fast_rows() if task=='fast' else ABLATION if task in ('ablation','strength') else method_rows(methods or FEW_SHOT_ROWS)
+    if task in SWEEPS: rows = [Row('original')]+sweep(task, values)
+    else: rows = fast_rows() if task=='fast' else ABLATION if task in ('ablation','strength') else method_rows(methods or FEW_SHOT_ROWS)
     return [_few_shot(w, s, rows, seed) for s in shots]
 
 # %% ../nbs/13a_experiments.ipynb #263b3762
@@ -116,7 +121,8 @@ def open_world(dataset:str='digits', # 'digits', 'aviary', one of the paper's da
     if dataset in DATASETS:
         require(root, f'--dataset {dataset}: --root must name the folder that holds it')
         pool,test = (paper_dataset(dataset, root, s) for s in ('train','test')); shifted = None
-        if dataset=='cub' and (Path(root)/DATASETS['waterbirds'].folder).is_dir(): shifted = lambda shots, seed: (few_shot(pool, shots, seed)[0], paper_dataset('waterbirds', root, 'test'))
+        if dataset=='cub' and (Path(root)/DATASETS['waterbirds'].folder).is_dir():
+            shifted = lambda shots, seed: (few_shot(pool, shots, seed)[0], paper_dataset('waterbirds', root, 'test'))
         return World(dataset, pool, None, test, choose_suffixes(None, pool.metaclass, fallback=GENERAL)[0], True, shifted=shifted)
     require(Path(dataset).is_dir(), f'--dataset {dataset}: neither a folder nor one of digits, aviary, {", ".join(DATASETS)}')
     pool = image_folder(dataset, metaclass)
@@ -163,7 +169,9 @@ def get_pool(b:Bench, setting, trial, train, concepts, settings):
     "The inversions of a trial, made once for all rows that walk the same way up."
     from diffii.inversion import InversionPool, InversionSettings
     cfg = InversionSettings.of(b.pipe, **settings)
-    with concepts.attached(b.pipe): return InversionPool.build(b.pipe, train, concepts, b.work(setting, trial, f"pool-{seed_of(*asdict(cfg).items())}"), lambda d,n: b.progress(f'{setting.name} {trial}: inversions', d, n), **settings)
+    with concepts.attached(b.pipe):
+        return InversionPool.build(b.pipe, train, concepts, b.work(setting, trial, f"pool-{seed_of(*asdict(cfg).items())}"),
+                                   lambda d,n: b.progress(f'{setting.name} {trial}: inversions', d, n), **settings)
 
 def make_synthetic(b:Bench, setting, row, trial, train):
     "The synthetic set of a row, or None."
@@ -171,10 +179,14 @@ def make_synthetic(b:Bench, setting, row, trial, train):
     from diffii.synthesis import synthesize, settings_for, SynthesisSettings
     if row.synthesis is None: return None
     recommended = b.pipe.recommended.get('synthesis',{})
-    kw = {**{k:v for k,v in setting.synthesis.items() if k not in recommended or b.task=='long-tail'}, **(dict(expansion=1, steps=5) if b.quick else {}), **row.synthesis}
-    cfg = settings_for(SynthesisSettings, recommended, **kw); inversion = dict(steps=cfg.steps, flip=b.world.flip, **row.inversion); concepts = get_concepts(b, setting, trial, train, get_method(cfg.method).learn)
+    kw = {**{k:v for k,v in setting.synthesis.items() if k not in recommended or b.task=='long-tail'}, **(dict(expansion=1, steps=5) if b.quick else {}),
+          **row.synthesis}
+    cfg = settings_for(SynthesisSettings, recommended, **kw)
+    inversion = dict(steps=cfg.steps, flip=b.world.flip, **row.inversion)
+    concepts = get_concepts(b, setting, trial, train, get_method(cfg.method).learn)
     pool = get_pool(b, setting, trial, train, concepts, inversion) if cfg.start=='circle' else None
-    return synthesize(b.pipe, train, b.work(setting, trial, folder_name(row.images or row.name)), b.world.suffixes, b.seed+trial, concepts, inversion_settings=inversion, pool=pool,
+    return synthesize(b.pipe, train, b.work(setting, trial, folder_name(row.images or row.name)), b.world.suffixes, b.seed+trial, concepts,
+                      inversion_settings=inversion, pool=pool,
                       progress=lambda s,d,n: b.progress(f'{setting.name} {trial}: {row.name}', d, n) if s=='images' else None, **kw)
 
 # %% ../nbs/13a_experiments.ipynb #6d6ce98e
@@ -185,9 +197,11 @@ def run_cell(b:Bench, setting, row, trial) -> dict:
     from diffii.metrics import lpips_diversity, faithfulness
     began = time.time(); train,test = setting.draw(trial); s = make_synthetic(b, setting, row, trial, train)
     b.progress(f'{setting.name} {trial}: {row.name}, classifier', 0, 1)
-    r = train_classifier(train, test, s, arch=b.arch, size=b.size, flip=b.world.flip, seed=b.seed+trial, **{**b.training, **row.training, **(dict(steps=20) if b.quick else {})})
+    r = train_classifier(train, test, s, arch=b.arch, size=b.size, flip=b.world.flip, seed=b.seed+trial,
+                         **{**b.training, **row.training, **(dict(steps=20) if b.quick else {})})
     b.progress(f'{setting.name} {trial}: {row.name}, classifier', 1, 1)
-    out = dict(setting=setting.name, row=row.name, trial=trial, accuracy=100*r.accuracy, top5=None if r.top5 is None else 100*r.top5, n_train=len(train), n_test=len(test), n_synthetic=0 if s is None else len(s))
+    out = dict(setting=setting.name, row=row.name, trial=trial, accuracy=100*r.accuracy, top5=None if r.top5 is None else 100*r.top5, n_train=len(train),
+               n_test=len(test), n_synthetic=0 if s is None else len(s))
     pct = lambda d: {k: 100*v for k,v in d.items()}
     if b.task=='ood': out['groups'] = pct(r.per_group)
     if b.task=='long-tail': out['groups'] = pct(group_accuracy(r, shot_groups(train, thresholds=(100,20) if train.counts.max()>100 else None)))
@@ -208,7 +222,8 @@ def _lpips(s):
 def published_number(table, row:str, arch:str) -> float|None:
     "The paper's number for a cell, if it has the same one."
     from diffii.suffixes import published
-    names = {'original':'Original','real-filter':'Real-Filter','real-guidance':'Real-Guidance','real-mix':'Real-Mix','real-gen':'Real-Gen','da-fusion':'DA-Fusion','diff-aug':'Diff-AUG','diff-mix':'Diff-Mix','diff-ii':'Diff-II'}
+    names = {'original':'Original','real-filter':'Real-Filter','real-guidance':'Real-Guidance','real-mix':'Real-Mix','real-gen':'Real-Gen',
+             'da-fusion':'DA-Fusion','diff-aug':'Diff-AUG','diff-mix':'Diff-Mix','diff-ii':'Diff-II'}
     net = {'torchvision/resnet50':'resnet50','resnet50':'resnet50','timm/vit_base_patch16_224.augreg_in21k':'vit_b_16'}.get(arch)
     if not table or not net: return None
     for r in published()['results'].get(table[0],[]):
@@ -234,11 +249,13 @@ def summarise(cells:list, settings:list, arch:str='small'): # -> pandas table
             mine = [c for c in own if c['row']==r.name]
             if not mine: continue
             a = spread([c['accuracy'] for c in mine]); g = paired_gain(own, r.name, s.rows[0].name); gs = spread(g) if g else None; base = r is s.rows[0]
-            line = {'setting': s.name, 'row': r.name, 'accuracy': a.mean, 'sd': a.sd, 'trials': len(mine), 'gain': None if base or not gs else gs.mean, 'gain ci95': None if base or not gs else gs.ci95}
+            line = {'setting': s.name, 'row': r.name, 'accuracy': a.mean, 'sd': a.sd, 'trials': len(mine), 'gain': None if base or not gs else gs.mean,
+                    'gain ci95': None if base or not gs else gs.ci95}
             for k in ('top5','lpips','faithfulness','clip'):
                 v = [c[k] for c in mine if c.get(k) is not None]; line |= {k: float(np.mean(v))} if v else {}
             for g in mine[0].get('groups',{}):
-                line |= {g: float(np.mean([c['groups'][g] for c in mine if g in c['groups']])), f'{g}, paper': published_number((s.table[0],g), r.name, arch) if s.table else None}
+                line |= {g: float(np.mean([c['groups'][g] for c in mine if g in c['groups']])),
+                         f'{g}, paper': published_number((s.table[0],g), r.name, arch) if s.table else None}
             lines.append(line | {'paper': published_number(s.table, r.name, arch)})
     t = pd.DataFrame(lines)
     return t.dropna(axis=1, how='all') if len(t) else t
@@ -247,7 +264,8 @@ def summarise(cells:list, settings:list, arch:str='small'): # -> pandas table
 def compared(cells:list, setting:str, row:str|None=None) -> list: # of (other row, mean difference, half-width of its 95 % interval, words)
     "Where a row (by default all of Diff-II) wins, ties or loses against the others: paired within trials; a tie is an interval that holds 0."
     from diffii.metrics import spread
-    own = [c for c in cells if c['setting']==setting]; rows = list(dict.fromkeys(c['row'] for c in own)); row = row or next((r for r in ('diff-ii',BOTH) if r in rows), None); out = []
+    own = [c for c in cells if c['setting']==setting]; rows = list(dict.fromkeys(c['row'] for c in own))
+    row = row or next((r for r in ('diff-ii',BOTH) if r in rows), None); out = []
     for other in rows:
         d = paired_gain(own, row, other)
         if other==row or not d: continue
@@ -255,18 +273,22 @@ def compared(cells:list, setting:str, row:str|None=None) -> list: # of (other ro
         out.append((other, s.mean, half, 'wins over' if s.mean-half>0 else 'loses to' if s.mean+half<0 else 'ties with'))
     return out
 
-def verdicts(cells:list) -> list: # of lines
+def verdicts(cells:list, row:str|None=None) -> list: # of lines
     "What `compared` finds in every setting, in words."
-    return [f'{s}: diff-ii {word} {other}: {d:+.1f} points ' + (f'(95 % interval +- {half:.1f})' if half<1e9 else '(one trial)') for s in dict.fromkeys(c['setting'] for c in cells) for other,d,half,word in compared(cells, s)]
+    spread = lambda half: f'95 % interval +- {half:.1f}' if half<1e9 else 'one trial'; settings = dict.fromkeys(c['setting'] for c in cells)
+    return [f'{s}: {row or "diff-ii"} {word} {other}: {d:+.1f} points ({spread(half)})' for s in settings for other,d,half,word in compared(cells, s, row)]
 
 # %% ../nbs/13a_experiments.ipynb #f979a768
 def plot_table(table, task:str, base:float|None=None):
     "A matplotlib figure of a summary table."
     import matplotlib.pyplot as plt
     if task in SWEEPS: return _plot_sweep(table[table.row.str.contains('=')], table[~table.row.str.contains('=')])
-    names = list(dict.fromkeys(table.setting)); fig,axs = plt.subplots(1, len(names), figsize=(1+3.2*len(names), .9+.28*table.row.nunique()), sharey=True, squeeze=False, dpi=80)
+    names = list(dict.fromkeys(table.setting))
+    fig,axs = plt.subplots(1, len(names), figsize=(1+3.2*len(names), .9+.28*table.row.nunique()), sharey=True, squeeze=False, dpi=80)
     for ax,n in zip(axs[0],names):
-        t = table[table.setting==n]; ax.barh(t.row, t.accuracy, xerr=t.sd if 'sd' in t else None, color=['#9aa' if i==0 else '#37c' if r.startswith('diff-ii') else '#7ab' for i,r in enumerate(t.row)])
+        t = table[table.setting==n]
+        ax.barh(t.row, t.accuracy, xerr=t.sd if 'sd' in t else None,
+                color=['#9aa' if i==0 else '#37c' if r.startswith('diff-ii') else '#7ab' for i,r in enumerate(t.row)])
         ax.set(title=n, xlabel='accuracy, %', xlim=(max(0,t.accuracy.min()-15),None)); ax.axvline(t.accuracy.iloc[0], color='#555', lw=.8, ls=':')
     axs[0][0].invert_yaxis(); fig.tight_layout(); return fig
 
@@ -301,9 +323,12 @@ def benchmark(task:str='few-shot',     # one of `TASKS`
     from diffii.pipeline import load_pipeline
     require(trials>=1, f'--trials {trials}: give 1 or more')
     require(task in TASKS, f'{task}: one of {", ".join(TASKS)}')
-    w = open_world(dataset, root, test, metaclass, tuning); out = Path(out); settings = settings_of(task, w, shots, imbalance, methods, values, seed); small = dataset in ('digits','aviary')
-    b = Bench(task, out, w, load_pipeline(model, device, dtype), arch, size or (32 if small else 224), training or {}, seed, quick, clip, progress or (lambda *a: None))
-    claim(out, dict(task=task, dataset=dataset, arch=arch, size=b.size, training=b.training, model=model, metaclass=metaclass, seed=seed, quick=quick, **(dict(tuning=True) if tuning else {})), 'experiment.json')
+    w = open_world(dataset, root, test, metaclass, tuning); out = Path(out)
+    settings = settings_of(task, w, shots, imbalance, methods, values, seed); small = dataset in ('digits','aviary')
+    b = Bench(task, out, w, load_pipeline(model, device, dtype), arch, size or (32 if small else 224), training or {}, seed, quick, clip,
+              progress or (lambda *a: None))
+    claim(out, dict(task=task, dataset=dataset, arch=arch, size=b.size, training=b.training, model=model, metaclass=metaclass, seed=seed, quick=quick,
+                    **(dict(tuning=True) if tuning else {})), 'experiment.json')
     for s in settings:
         if task=='strength': save_png(out/f'{folder_name(s.name)}.png', strength_strips(b, s)); continue
         for trial in range(trials):
@@ -323,12 +348,13 @@ def report(out, task, settings, arch='small'):
     plt.close(fig); return t
 
 # %% ../nbs/13a_experiments.ipynb #44727161
-def show_results(out): # folder of an experiment that was run -> pandas table
+def show_results(out,   # folder of an experiment that was run
+                 *rows): # more rows to compare with each other one -> pandas table
     "Print the table of a finished experiment and how diff-ii stands against each other row, and draw its plot."
     import pandas as pd
     out = Path(out); require((out/'table.json').is_file(), f'{out}: no finished experiment; run diffii benchmark with this folder as --out')
     t = pd.DataFrame(read_json(out/'table.json')).dropna(axis=1, how='all'); cells = read_cells(out)
     print(t.to_string(index=False, na_rep='', float_format='{:.1f}'.format, formatters={'lpips': '{:.3f}'.format} if 'lpips' in t else None))
-    print(*verdicts(cells), sep='\n')
+    for r in (None,*rows): print(*verdicts(cells, r), sep='\n')
     plot_table(t, read_json(out/'experiment.json')['task'])
     return t

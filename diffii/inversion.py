@@ -116,7 +116,8 @@ def build(cls:InversionPool, pipe:Pipeline, images:ImageSet,
          ) -> InversionPool:
     "Invert every image under its category's plain prompt."
     cfg = InversionSettings.of(pipe, **settings)
-    require(cfg.draws==1 or (cfg.draws>1 and cfg.forward_steps and cfg.steps), f'--draws {cfg.draws}: several inversions of an image differ in the noise of their forward steps; give --forward-steps 1 or more, or --draws 1')
+    require(cfg.draws==1 or (cfg.draws>1 and cfg.forward_steps and cfg.steps),
+            f'--draws {cfg.draws}: several inversions of an image differ in the noise of their forward steps; give --forward-steps 1 or more, or --draws 1')
     K = len(images.classes); files = [folder and Path(folder)/f'{folder_name(c)}.safetensors' for c in images.classes]
     views = [_category_views(images, k, cfg) for k in range(K)]; sizes = [len(n) for _,n in views]
     keys = [_category_key(ims, n, cfg, concepts) for ims,n in views]
@@ -143,12 +144,14 @@ def _invert_group(pipe, group, views, concepts, cfg): # -> one tensor for each c
     x0 = pipe.encode_images(ims); sizes = [len(views[k][0]) for k in group]
     if not cfg.steps: return [z.clone() for z in x0.split(sizes)]
     noise = torch.stack([torch.randn(x0.shape[1:], generator=generator(cfg.inversion_noise_seed,'invert',n)) for k in group for n in views[k][1]])
-    z = ddim_invert(pipe, x0, pipe.encode_prompts([concepts.prompt(k) for k in labels]), cfg.steps, cfg.inversion_guidance, cfg.forward_steps, cfg.fixed_point_iters, noise,
+    z = ddim_invert(pipe, x0, pipe.encode_prompts([concepts.prompt(k) for k in labels]), cfg.steps, cfg.inversion_guidance, cfg.forward_steps,
+                    cfg.fixed_point_iters, noise,
                     pipe.encode_prompts(['']*len(ims)) if cfg.inversion_guidance!=1 else None)
     return [z.clone() for z in z.split(sizes)]
 
 # %% ../nbs/06_inversion.ipynb #37a550e7
-def _category_key(ims, names, cfg, concepts): return dict(names=names, pixels=[digest(im) for im in ims], settings=asdict(cfg), concepts=_concepts_digest(concepts))
+def _category_key(ims, names, cfg, concepts):
+    return dict(names=names, pixels=[digest(im) for im in ims], settings=asdict(cfg), concepts=_concepts_digest(concepts))
 def _write_category(file, z, key): save_tensors(file, {'latents': z, **latent_stats(z)}, key)
 def _concepts_digest(c): return hashlib.sha256(b''.join(t.numpy().tobytes() for t in [*c.rows, *[c.lora[k] for k in sorted(c.lora)]])).hexdigest()[:16]
 
@@ -174,7 +177,8 @@ def save(self:InversionPool, folder,
         ):
     "Write the pool as `build` does, which will then read it there."
     cfg = InversionSettings(**self.settings)
-    for k,(c,z) in enumerate(zip(self.classes, self.latents)): _write_category(Path(folder)/f'{folder_name(c)}.safetensors', z, _category_key(*_category_views(images, k, cfg), cfg, concepts))
+    for k,(c,z) in enumerate(zip(self.classes, self.latents)):
+        _write_category(Path(folder)/f'{folder_name(c)}.safetensors', z, _category_key(*_category_views(images, k, cfg), cfg, concepts))
 
 @patch
 def check(self:InversionPool):

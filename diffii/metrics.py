@@ -191,7 +191,8 @@ def precision_recall(real,     # (n, d) features of real images
     "Precision, recall, density and coverage of a synthetic cloud of features."
     from sklearn.metrics import pairwise_distances
     real,synthetic = np.asarray(real,dtype=float), np.asarray(synthetic,dtype=float)
-    require(min(len(real),len(synthetic)) > k >= 1, f'precision and recall with k={k}: {len(real)} real and {len(synthetic)} synthetic images; each must be more than k')
+    require(min(len(real),len(synthetic)) > k >= 1, f'precision and recall with k={k}: {len(real)} real and {len(synthetic)} synthetic images; each must be '
+                                                    'more than k')
     d = pairwise_distances(real, synthetic); r,f = _reach(real,k), _reach(synthetic,k); inside = d <= r[:,None]
     return dict(precision=float(inside.any(0).mean()), recall=float((d <= f[None]).any(1).mean()), density=float(inside.sum(0).mean()/k),
                 coverage=float(inside.any(1).mean()))
@@ -212,9 +213,11 @@ def fid(real,      # (n, d) features, or an image set
         metric = FrechetInceptionDistance(feature=net).set_dtype(torch.float64)
     else:
         try: metric = FrechetInceptionDistance()
-        except Exception as e: raise UserError(f'FID: Inception cannot be loaded ({str(e).strip().splitlines()[0][:200]}); give features of another network') from e
+        except Exception as e:
+            raise UserError(f'FID: Inception cannot be loaded ({str(e).strip().splitlines()[0][:200]}); give features of another network') from e
     for x,is_real in ((real,True),(synthetic,False)):
         for i in range(0, len(x), batch_size):
             j = range(i, min(len(x),i+batch_size))
-            metric.update(torch.from_numpy(np.stack([square(x.open(n),299) for n in j])) if sets else torch.as_tensor(np.asarray(x[i:i+batch_size],dtype=float)), real=is_real)
+            batch = torch.from_numpy(np.stack([square(x.open(n),299) for n in j])) if sets else torch.as_tensor(np.asarray(x[i:i+batch_size],dtype=float))
+            metric.update(batch, real=is_real)
     return float(metric.compute())

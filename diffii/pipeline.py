@@ -67,12 +67,14 @@ def _load_diffusers(model, folder, dtype, variant, safety_checker):
             warnings.simplefilter('ignore')
             kind = diffusers.DiffusionPipeline.load_config(folder)['_class_name']
             require(kind in ('StableDiffusionPipeline','StableDiffusionXLPipeline'), f'--model {model}: a {kind}; give a Stable Diffusion 1.x, 2.x or XL model')
-            extra = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False) if kind=='StableDiffusionPipeline' and not safety_checker else {}
+            extra = dict(safety_checker=None, feature_extractor=None,
+                         requires_safety_checker=False) if kind=='StableDiffusionPipeline' and not safety_checker else {}
             return getattr(diffusers, kind).from_pretrained(folder, dtype=dtype, variant=variant, **extra)
     except UserError: raise
     except (OSError, ValueError, KeyError, HfHubHTTPError, LocalEntryNotFoundError) as e:
         lines = str(e).strip().splitlines(); weights = [f.name.split('.') for f in sorted(Path(folder).glob('unet/*.safetensors'))]
-        if weights and all(len(w)==3 and w[1]!=variant for w in weights): raise UserError(f'--model {model}: has weights of the variant {weights[0][1]} only; give --variant {weights[0][1]}') from e
+        if weights and all(len(w)==3 and w[1]!=variant for w in weights):
+            raise UserError(f'--model {model}: has weights of the variant {weights[0][1]} only; give --variant {weights[0][1]}') from e
         raise UserError(f'--model {model}: neither a folder in diffusers\' layout nor a model that can be fetched now ({lines[0] if lines else type(e).__name__}); '
                         "check the name and the network, give a folder, or use 'tiny'") from e
 
@@ -90,7 +92,8 @@ def load_pipeline(model:str='tiny',     # hub id, as 'stable-diffusion-v1-5/stab
     require(dtype in ('float32','float16','bfloat16'), f'--dtype {dtype}: one of float32, float16, bfloat16')
     folder = TINY if model=='tiny' else Path(model) if Path(model).is_dir() else model
     pipe = _load_diffusers(model, folder, getattr(torch,dtype), variant, safety_checker)
-    require(not safety_checker or getattr(pipe,'safety_checker',None), f'--model {model}: has no safety checker; load it without, or give a checkpoint that has one, as SD 1.5')
+    require(not safety_checker or getattr(pipe,'safety_checker',None),
+            f'--model {model}: has no safety checker; load it without, or give a checkpoint that has one, as SD 1.5')
     kind = pipe.scheduler.config.get('prediction_type','epsilon')
     require(kind in ('epsilon','v_prediction'), f"--model {model}: prediction_type '{kind}' has no noise to invert; use a model with epsilon or v_prediction")
     pipe.to(device or processes().device); pipe.set_progress_bar_config(disable=True)
@@ -135,7 +138,8 @@ def in_parts(self:Pipeline,
         except (RuntimeError, MemoryError) as e:
             if not out_of_memory(e): raise
         room = min(self.at_once, n*per)//2  # out here the failed call's tensors are free
-        require(room, 'memory ran out with one image at a time, where a smaller --batch-size is no help; give --dtype float16 or a smaller --size, or free memory: the same command goes on from here')
+        require(room, 'memory ran out with one image at a time, where a smaller --batch-size is no help; give --dtype float16 or a smaller --size, or free '
+                      'memory: the same command goes on from here')
         self.at_once = room; clear_device_cache(garbage_collection=True)
     if self.at_once<began: warnings.warn(f'memory ran out with {began} images at a time; {self.at_once} from here on')
     return out
@@ -250,11 +254,15 @@ def ddim_grid(pipe:Pipeline, steps:int=25) -> Grid:
     "The timesteps and levels that diffusers' DDIM scheduler would use for this model."
     from diffusers import DDIMScheduler
     require(1 <= steps <= 1000, f'--steps {steps}: give a number from 1 to 1000')
-    s = DDIMScheduler.from_config(pipe.pipe.scheduler.config, clip_sample=False, thresholding=False); how = s.config.timestep_spacing; last = s.config.num_train_timesteps-1
-    require(how in ('leading','trailing','linspace'), f"--model {pipe.model}: timestep_spacing '{how}' of its scheduler is not supported; set leading, trailing or linspace in scheduler/scheduler_config.json")
+    s = DDIMScheduler.from_config(pipe.pipe.scheduler.config, clip_sample=False, thresholding=False)
+    how = s.config.timestep_spacing; last = s.config.num_train_timesteps-1
+    require(how in ('leading','trailing','linspace'), f"--model {pipe.model}: timestep_spacing '{how}' of its scheduler is not supported; set leading, "
+                                                      "trailing or linspace in scheduler/scheduler_config.json")
     s.set_timesteps(steps); t = [int(i) for i in s.timesteps]; after = t[-1]-(last+1)//steps
-    require(len(t)==steps and 0<=min(t) and 0<max(t)<=last, f"--steps {steps}: gives no grid of timesteps from 0 to {last} with the spacing '{how}'; give another number, as 25 or 50")
-    require(s.alphas_cumprod[t[0]]>0, f'--model {pipe.model}: its noise schedule ends in pure noise, from which no step leads back (rescale_betas_zero_snr); give another model')
+    require(len(t)==steps and 0<=min(t) and 0<max(t)<=last, f"--steps {steps}: gives no grid of timesteps from 0 to {last} with the spacing '{how}'; give "
+                                                            "another number, as 25 or 50")
+    require(s.alphas_cumprod[t[0]]>0, f'--model {pipe.model}: its noise schedule ends in pure noise, from which no step leads back (rescale_betas_zero_snr); '
+                                      'give another model')
     return Grid(tuple(t), tuple(float(s.alphas_cumprod[i]) for i in t) + (float(s.alphas_cumprod[after] if after>=0 else s.final_alpha_cumprod),))
 
 # %% ../nbs/04_pipeline.ipynb #d8fd4d81

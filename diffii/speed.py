@@ -69,12 +69,17 @@ def together(model, images, suffixes, expansion, batch_size=64, folder=None, com
     from diffii.concepts import named_concepts
     from diffii.pipeline import load_pipeline
     from diffii.synthesis import synthesize
-    t = dict(loading=0., inverting=0., sampling=0., unet=0.); a = time.perf_counter(); pipe = load_pipeline(model, batch_size=batch_size, compile=compile); marks = {}
+    t = dict(loading=0., inverting=0., sampling=0., unet=0.); a = time.perf_counter()
+    pipe = load_pipeline(model, batch_size=batch_size, compile=compile); marks = {}
     if compile: # the compiler's work counts as loading
-        with torch.inference_mode(): pipe.predict_eps(torch.zeros(batch_size, pipe.unet.config.in_channels, *[pipe.size//pipe.pipe.vae_scale_factor]*2), 1, pipe.encode_prompts(['']*batch_size))
+        with torch.inference_mode():
+            pipe.predict_eps(torch.zeros(batch_size, pipe.unet.config.in_channels, *[pipe.size//pipe.pipe.vae_scale_factor]*2), 1,
+                             pipe.encode_prompts(['']*batch_size))
     t['loading'] = time.perf_counter()-a
     def mark(stage, done, n): marks.setdefault(stage, [time.perf_counter(),0]); marks[stage][1] = time.perf_counter()
-    with unet_clock(pipe) as clock: synthesize(pipe, images, folder, suffixes, concepts=named_concepts(pipe, images), inversion_settings=dict(forward_steps=0, fixed_point_iters=0, draws=1), progress=mark, expansion=expansion, **settings)
+    with unet_clock(pipe) as clock:
+        synthesize(pipe, images, folder, suffixes, concepts=named_concepts(pipe, images),
+                   inversion_settings=dict(forward_steps=0, fixed_point_iters=0, draws=1), progress=mark, expansion=expansion, **settings)
     t['inverting'],t['sampling'] = (marks[s][1]-marks[s][0] for s in ('inversion','images')); t['unet'] = covered(clock)
     return t
 
@@ -85,7 +90,8 @@ def speed_table(model='tiny', categories=5, images=2, expansion=2, repeats=3, co
     "Images per second of inversion and sampling by both procedures, in turns; the median of the repeats, of which the first, that warms up, is one more and left out."
     import pandas as pd, tempfile
     s,suffixes = job(categories, images); n = len(s); runs = {}
-    rows = {'one by one': lambda d: one_by_one(model, s, suffixes, expansion, **EXACT), 'together': lambda d: together(model, s, suffixes, expansion, folder=d, **EXACT),
+    rows = {'one by one': lambda d: one_by_one(model, s, suffixes, expansion, **EXACT),
+            'together': lambda d: together(model, s, suffixes, expansion, folder=d, **EXACT),
             **({'together, compiled': lambda d: together(model, s, suffixes, expansion, folder=d, compile='inductor', **EXACT)} if compile else {}),
             'together, fast': lambda d: together(model, s, suffixes, expansion, folder=d, **EXACT, **FAST)}
     for i in range(repeats+1):
@@ -95,7 +101,8 @@ def speed_table(model='tiny', categories=5, images=2, expansion=2, repeats=3, co
     mid = pd.DataFrame({k: pd.DataFrame(v).median() for k,v in runs.items()}).T; work = mid.inverting+mid.sampling
     out = pd.DataFrame({'inverted/s': n/mid.inverting, 'made/s': n*expansion/mid.sampling, 'U-Net share': mid.unet/work})
     base = n*expansion/(mid.sampling+mid.loading)['one by one']
-    return out.assign(**{'times the published': n*expansion/(mid.sampling+mid.loading)/base, 'times, without loading': out['made/s']/out['made/s']['one by one']})
+    return out.assign(**{'times the published': n*expansion/(mid.sampling+mid.loading)/base,
+                         'times, without loading': out['made/s']/out['made/s']['one by one']})
 
 # %% ../nbs/13b_speed.ipynb #288f1bca
 def peak_memory(model='tiny', categories=5, images=2, expansion=1, steps=5) -> dict: # seconds and megabytes
@@ -109,7 +116,8 @@ def _probe(model, categories, images, expansion, steps):
     import tempfile
     s,suffixes = job(categories, images)
     with tempfile.TemporaryDirectory() as d: t = together(model, s, suffixes, expansion, folder=Path(d)/'x', steps=steps, **EXACT)
-    return dict(categories=categories, images=images, expansion=expansion, made=len(s)*expansion, inverting=t['inverting'], sampling=t['sampling'], megabytes=_peak())
+    return dict(categories=categories, images=images, expansion=expansion, made=len(s)*expansion, inverting=t['inverting'], sampling=t['sampling'],
+                megabytes=_peak())
 
 def _peak() -> float: # MB
     "Peak memory of this process alone: what `getrusage` says may be its parent's."

@@ -124,7 +124,8 @@ class MeasuringCaptioner:
     def __init__(self,
                  metaclass:str, # 'digit' or 'bird'
                  seed:int=0):   # chooses among phrases of the same meaning; an image's caption depends on the seed and its pixels alone
-        require(metaclass in ('digit','bird'), f'--captioner measure: it knows digits and drawn birds, not {metaclass!r}; name a captioning model, as Salesforce/blip-image-captioning-large')
+        require(metaclass in ('digit','bird'), f'--captioner measure: it knows digits and drawn birds, not {metaclass!r}; name a captioning model, as '
+                                               'Salesforce/blip-image-captioning-large')
         self.metaclass, self.seed = metaclass, seed
     def caption(self, images) -> list:
         "One caption for each Pillow image."
@@ -157,7 +158,8 @@ def _pretrained(option, name, *loaders): # loaders: from_pretrained of classes -
             return load(False)
     except Exception as e:  # whatever a folder, a cache or a network may hold against it
         why = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise UserError(f'{option} {name}: neither a folder with such a model nor one that can be fetched now ({why}); check the name and the network, or give a folder') from e
+        raise UserError(f'{option} {name}: neither a folder with such a model nor one that can be fetched now ({why}); check the name and the network, or '
+                        'give a folder') from e
 
 def _device(device):
     import torch
@@ -179,7 +181,8 @@ class ModelCaptioner:
         from transformers import AutoModelForImageTextToText, AutoProcessor
         if self._parts is None:
             dtype = getattr(torch, self.dtype)
-            processor,model = _pretrained('--captioner', self.model, AutoProcessor.from_pretrained, lambda n,**kw: AutoModelForImageTextToText.from_pretrained(n, dtype=dtype, **kw))
+            processor,model = _pretrained('--captioner', self.model, AutoProcessor.from_pretrained,
+                                          lambda n,**kw: AutoModelForImageTextToText.from_pretrained(n, dtype=dtype, **kw))
             self._parts = processor, model.to(_device(self.device)).eval()
         return self._parts
     def caption(self, images) -> list:
@@ -212,7 +215,8 @@ class ClusterSummariser:
         from sklearn.cluster import KMeans
         from sklearn.feature_extraction.text import TfidfVectorizer
         counts = Counter(filter(None, (setting_of(c, metaclass) for c in captions)))
-        require(len(counts)>=2, f'{len(captions)} captions of {metaclass!r} show {len(counts)} settings, 2 are needed; give suffixes in a file, or another captioner')
+        require(len(counts)>=2, f'{len(captions)} captions of {metaclass!r} show {len(counts)} settings, 2 are needed; give suffixes in a file, or another '
+                                'captioner')
         texts = sorted(counts); w = np.array([counts[t] for t in texts], float)
         X = TfidfVectorizer(token_pattern=r'\w+', ngram_range=(1,2)).fit_transform(texts)
         own = KMeans(min(max_suffixes, len(texts)), n_init=4, random_state=seed).fit_predict(X, sample_weight=w)
@@ -289,7 +293,8 @@ def parse_suffixes(answer:str, # what the language model wrote
                   f'more than {max_suffixes}' if len(found) >= max_suffixes else '')
         if reason: dropped.append((text, reason))
         else: found[_key(suffix)] = suffix
-    require(len(found)>=2, f'the summary has {len(found)} usable suffixes and 2 are needed; try another model, or give suffixes in a file. The answer was: {answer[:2000]!r}')
+    require(len(found)>=2, f'the summary has {len(found)} usable suffixes and 2 are needed; try another model, or give suffixes in a file. The answer was: '
+                           f'{answer[:2000]!r}')
     return list(found.values()), dropped
 
 # %% ../nbs/08_suffixes.ipynb #b531b27d
@@ -319,7 +324,8 @@ class ChatSummariser(LLMSummariser):
     def _load(self):
         from transformers import AutoModelForCausalLM, AutoTokenizer
         if self._parts is None:
-            tok,model = _pretrained('--summariser', self.model, AutoTokenizer.from_pretrained, lambda n,**kw: AutoModelForCausalLM.from_pretrained(n, dtype=self.dtype, **kw))
+            tok,model = _pretrained('--summariser', self.model, AutoTokenizer.from_pretrained,
+                                    lambda n,**kw: AutoModelForCausalLM.from_pretrained(n, dtype=self.dtype, **kw))
             require(tok.chat_template, f'--summariser {self.model}: has no chat template; give a model that was trained to follow instructions')
             self._parts = tok, model.to(_device(self.device)).eval()
         return self._parts
@@ -329,7 +335,8 @@ class ChatSummariser(LLMSummariser):
         tok,model = self._load()
         x = tok.apply_chat_template([dict(role='user', content=prompt)], add_generation_prompt=True, return_tensors='pt', return_dict=True).to(model.device)
         n,most = x['input_ids'].shape[1], getattr(model.config.get_text_config(), 'max_position_embeddings', None) or 10**9
-        require(n+self.max_new_tokens <= most, f'--summariser {self.model}: reads {most} tokens, the captions and the answer need {n+self.max_new_tokens}; use fewer captions (max_captions, now {self.max_captions})')
+        require(n+self.max_new_tokens <= most, f'--summariser {self.model}: reads {most} tokens, the captions and the answer need {n+self.max_new_tokens}; '
+                                               f'use fewer captions (max_captions, now {self.max_captions})')
         with torch.inference_mode(): ids = model.generate(**x, max_new_tokens=self.max_new_tokens, do_sample=False)[0,n:]
         return tok.decode(ids, skip_special_tokens=True), len(ids) >= self.max_new_tokens
 
@@ -337,10 +344,12 @@ class ChatSummariser(LLMSummariser):
 def _endpoint() -> str:
     "The chat-completions address from the environment."
     base = os.environ.get('OPENAI_BASE_URL','').strip() or 'https://api.openai.com/v1'
-    require(re.fullmatch(r'https?://(\[[0-9a-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[^\s@?#]*)?', base), 'OPENAI_BASE_URL: not an address of the form https://host/v1 (a key belongs into OPENAI_API_KEY)')
+    require(re.fullmatch(r'https?://(\[[0-9a-fA-F:]+\]|[\w.-]+)(:\d{1,5})?(/[^\s@?#]*)?', base),
+            'OPENAI_BASE_URL: not an address of the form https://host/v1 (a key belongs into OPENAI_API_KEY)')
     require(os.environ.get('OPENAI_API_KEY','').strip() or os.environ.get('OPENAI_BASE_URL','').strip(),
             'OPENAI_API_KEY: not set; set it to your key, or set OPENAI_BASE_URL to a server that needs none')
-    require(re.fullmatch(r'[\x21-\x7e]*', os.environ.get('OPENAI_API_KEY','').strip()), 'OPENAI_API_KEY: holds spaces or characters that no key has; set it again')
+    require(re.fullmatch(r'[\x21-\x7e]*', os.environ.get('OPENAI_API_KEY','').strip()),
+            'OPENAI_API_KEY: holds spaces or characters that no key has; set it again')
     return base.rstrip('/')+'/chat/completions'
 
 def _hide_key(text):
@@ -362,8 +371,9 @@ def _refusal(e): # HTTPError -> (what the server said, what to do)
     text = e.read(4000).decode('utf-8','replace')
     with contextlib.suppress(ValueError, KeyError, TypeError):
         error = json.loads(text)['error']; text = error['message'] if isinstance(error, dict) else str(error)
-    remedy = {401:'check OPENAI_API_KEY', 403:'check OPENAI_API_KEY', 404:'check OPENAI_BASE_URL, which mostly ends in /v1, and the model name'}.get(e.code,
-              'set OPENAI_BASE_URL to the final address' if 300<=e.code<400 else 'try again later' if e.code==429 or e.code>=500 else 'check the model name and its limits')
+    other = ('set OPENAI_BASE_URL to the final address' if 300<=e.code<400 else 'try again later' if e.code==429 or e.code>=500 else
+             'check the model name and its limits')
+    remedy = {401:'check OPENAI_API_KEY', 403:'check OPENAI_API_KEY', 404:'check OPENAI_BASE_URL, which mostly ends in /v1, and the model name'}.get(e.code, other)
     return clean_text(_hide_key(text))[:300] or str(e.reason), remedy
 
 class EndpointSummariser(LLMSummariser):
@@ -386,7 +396,8 @@ class EndpointSummariser(LLMSummariser):
                 if e.code != 429 and e.code < 500: break
             except (OSError, http.client.HTTPException) as e:
                 reason = getattr(e,'reason',e); slow = isinstance(reason, TimeoutError)
-                problem = f'no answer within {self.timeout:g} s; give it more time or another model' if slow else f'cannot be reached ({_hide_key(str(reason) or type(reason).__name__)}); check OPENAI_BASE_URL and the network'
+                problem = (f'no answer within {self.timeout:g} s; give it more time or another model' if slow else
+                           f'cannot be reached ({_hide_key(str(reason) or type(reason).__name__)}); check OPENAI_BASE_URL and the network')
         raise UserError(f'{where}: {problem}') from None
     def ask(self, prompt):
         "The answer of the first choice."
@@ -440,7 +451,8 @@ def world_suffixes(metaclass:str # the word for all categories
     names = [n for n in published()['suffixes'] if metaclass in starts and starts[metaclass] in n]
     return (read_suffixes([s for n in names for s in published_suffixes(n)]), f'published: {", ".join(names)}') if names else ([], '')
 
-GENERAL = ('outdoors.', 'indoors.', 'in a close-up view.', 'seen from afar.', 'against a plain background.', 'with a blurred background.', 'in bright light.', 'in dim light.') # contexts that fit any photograph
+GENERAL = ('outdoors.', 'indoors.', 'in a close-up view.', 'seen from afar.', 'against a plain background.', 'with a blurred background.', 'in bright light.',
+           'in dim light.') # contexts that fit any photograph
 
 def choose_suffixes(spec=None,            # a list, a text file, or the name of a published list
                     metaclass:str='object', # the word for all categories
@@ -459,5 +471,6 @@ def choose_suffixes(spec=None,            # a list, a text file, or the name of 
         return make_suffixes(images, metaclass, reader, summer, seed), f'summed up from {len(images)} captions'
     found,source = world_suffixes(metaclass)
     if found: return found, source
-    require(fallback, f'no suffixes are known for the metaclass {metaclass!r}; give --suffixes (a text file with one on each line, or a published list), or name a --captioner')
+    require(fallback, f'no suffixes are known for the metaclass {metaclass!r}; give --suffixes (a text file with one on each line, or a published list), or '
+                      'name a --captioner')
     return read_suffixes(fallback), 'fit for most photographs'

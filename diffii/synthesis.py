@@ -61,7 +61,8 @@ class SynthesisSettings:
 def plan_row(classes, k, j, sources, pool, suffixes, cfg, model, seed, attempt=0) -> dict:
     "Everything about image `j` that stands in for real images of category `k`; another `attempt` draws noise, place on the circle and suffix anew."
     c = classes[k]; m = METHODS[cfg.method]; fixed = generator(seed,'image',c,j); gen = generator(seed,'image',c,j,*([attempt] if attempt else []))
-    row = dict(method=cfg.method, model=model, seed=seed, index=j, attempt=attempt, at_once=None, source_label=c, sources=[pool.names[k][i] for i in sources], strength=None, alpha=None)
+    row = dict(method=cfg.method, model=model, seed=seed, index=j, attempt=attempt, at_once=None, source_label=c, sources=[pool.names[k][i] for i in sources],
+               strength=None, alpha=None)
     if cfg.start=='circle':
         alpha = angle(*(pool.latents[k][i][None] for i in sources)).item()
         row |= dict(strength=draw_strength(alpha, gen, cfg.interpolation), alpha=alpha)
@@ -69,8 +70,10 @@ def plan_row(classes, k, j, sources, pool, suffixes, cfg, model, seed, attempt=0
     other = m.target=='other' and len(classes)>1
     t = (k+1+int(torch.randint(len(classes)-1,(),generator=fixed)))%len(classes) if other else k
     suffix = suffixes[int(torch.randint(len(suffixes),(),generator=gen))] if n_suffixed(cfg.split_ratio, cfg.steps) else ''
-    return dict(file_name=f"{folder_name(classes[t])}/{j:05d}{f'_from_{k}' if other else ''}.png", label=classes[t], label_weight=row['strength']**cfg.gamma if other else 1., **row, suffix=suffix,
-                split_ratio=cfg.split_ratio, guidance_scale=cfg.guidance_scale, steps=cfg.steps, start=cfg.start, interpolation=cfg.interpolation, equal_norms=cfg.equal_norms, guided=list(cfg.guided), solver=cfg.solver, stride=cfg.stride)
+    return dict(file_name=f"{folder_name(classes[t])}/{j:05d}{f'_from_{k}' if other else ''}.png", label=classes[t],
+                label_weight=row['strength']**cfg.gamma if other else 1., **row, suffix=suffix,
+                split_ratio=cfg.split_ratio, guidance_scale=cfg.guidance_scale, steps=cfg.steps, start=cfg.start, interpolation=cfg.interpolation,
+                equal_norms=cfg.equal_norms, guided=list(cfg.guided), solver=cfg.solver, stride=cfg.stride)
 
 def _sources(cfg, pool, k, c, n, seed): # n tuples of positions in the pool's category
     if cfg.start=='circle': return draw_pairs(len(pool.names[k]), n, generator(seed,'pairs',c), [image_of(x) for x in pool.names[k]])
@@ -97,10 +100,12 @@ def make_plan(classes:tuple, pool:InversionPool|None, suffixes:list, cfg:Synthes
 # %% ../nbs/12_synthesis.ipynb #0c3e45d9
 def start_latents(rows:list, pool:InversionPool|None, pipe:Pipeline) -> torch.Tensor: # (n, c, h, w)
     "The initial latents of every row: a point of its pair's circle, noise of its own, or its image with that noise on it."
-    r = rows[0]; of = lambda side: torch.stack([pool.latents[k][pool.names[k].index(x['sources'][side])] for x in rows for k in [pool.classes.index(x['source_label'])]])
+    r = rows[0]
+    of = lambda side: torch.stack([pool.latents[k][pool.names[k].index(x['sources'][side])] for x in rows for k in [pool.classes.index(x['source_label'])]])
     if r['start']=='circle': return slerp(of(0), of(1), torch.tensor([x['strength'] for x in rows], dtype=torch.float64), r['interpolation'], r['equal_norms'])
     shape = (pipe.unet.config.in_channels, *[pipe.size//pipe.pipe.vae_scale_factor]*2)
-    noise = torch.stack([torch.randn(shape, generator=generator(x['seed'],'noise',x['source_label'],x['index'],*([x['attempt']] if x['attempt'] else []))) for x in rows])
+    noise = torch.stack([torch.randn(shape, generator=generator(x['seed'],'noise',x['source_label'],x['index'],
+                                                                *([x['attempt']] if x['attempt'] else []))) for x in rows])
     return noise if r['start']=='noise' else noised(of(0), noise, ddim_grid(pipe, r['steps']).abar[begins_at(r)])
 
 def make_batch(pipe:Pipeline, concepts:Concepts, pool:InversionPool|None, rows:list) -> list: # of Pillow images; None where one failed
@@ -114,7 +119,8 @@ def _make_batch(pipe, concepts, pool, rows):
     r = rows[0]; labels = [concepts.classes.index(x['label']) for x in rows]
     plain = pipe.encode_prompts([concepts.prompt(k) for k in labels])
     suffixed = pipe.encode_prompts([concepts.prompt(k, x['suffix']) for k,x in zip(labels,rows)]) if n_suffixed(r['split_ratio'], r['steps']) else None
-    x = two_stage_denoise(pipe, start_latents(rows, pool, pipe), plain, suffixed, r['split_ratio'], r['guidance_scale'], r['steps'], None, begins_at(r), r['guided'], r['solver'], r['stride'])
+    x = two_stage_denoise(pipe, start_latents(rows, pool, pipe), plain, suffixed, r['split_ratio'], r['guidance_scale'], r['steps'], None, begins_at(r),
+                          r['guided'], r['solver'], r['stride'])
     finite = x.isfinite().flatten(1).all(1).tolist(); ims = pipe.decode_latents(x.nan_to_num(0.,0.,0.))
     flags = pipe.flagged(ims) if getattr(pipe.pipe,'safety_checker',None) is not None else [False]*len(ims)
     return [im if ok and not flag and not _blank(im) else None for im,ok,flag in zip(ims,finite,flags)]
@@ -136,7 +142,8 @@ def make_or_redraw(pipe, concepts, pool, rows:list,
         todo = [i for i in todo if images[i] is None]
         if not todo: return images,tries
         now = [redraw(rows[i], attempt)|dict(batch=-(rows[i]['batch']*ATTEMPTS+attempt)) for i in todo]
-    raise UserError(f"{rows[todo[0]]['label']}: {len(todo)} images of a batch are not finite, of one colour, or flagged, from {ATTEMPTS} seeds; use --dtype float32 or bfloat16, or a smaller --guidance")
+    raise UserError(f"{rows[todo[0]]['label']}: {len(todo)} images of a batch are not finite, of one colour, or flagged, from {ATTEMPTS} seeds; use --dtype "
+                    "float32 or bfloat16, or a smaller --guidance")
 
 # %% ../nbs/12_synthesis.ipynb #11bbb95a
 STATE = '.diffii' # folder of the run's state inside the output folder
@@ -159,7 +166,8 @@ def load_synthetic(folder) -> SyntheticSet:
     require(file.is_file() and (folder/STATE/'run.json').is_file(), f'{folder}: not a finished folder of synthetic images; run the command that made it again')
     run = read_json(folder/STATE/'run.json'); rows = _read_rows(file)
     for r in rows: require((folder/r['file_name']).is_file(), f"{folder/r['file_name']}: missing; run the command that made it again")
-    return SyntheticSet(tuple(folder/r['file_name'] for r in rows), tuple(run['classes'].index(r['label']) for r in rows), tuple(run['classes']), run['metaclass'],
+    return SyntheticSet(tuple(folder/r['file_name'] for r in rows), tuple(run['classes'].index(r['label']) for r in rows), tuple(run['classes']),
+                        run['metaclass'],
                         tuple(r['file_name'] for r in rows), None, tuple(rows), folder)
 
 def _read_rows(file): return [json.loads(l) for l in Path(file).read_text(encoding='utf-8').splitlines()] if Path(file).is_file() else []
@@ -191,8 +199,10 @@ def _finish(out, run):
     done = [r for r in _final_rows(out/STATE) if (out/r['file_name']).is_file()]; again = sum(r['attempt']>0 for r in done); m = run['synthesis']['method']
     _write_rows(out/'metadata.jsonl', done)
     with atomic(out/'README.md') as tmp:
-        tmp.write_text(CARD.format(n=len(done), version=__version__, method=m, paper=METHODS[m].paper or 'nothing is made', model=run['model'], real=len(run['images']), k=len(run['classes']),
-            metaclass=run['metaclass'], seed=run['seed'], redrawn=f' {again} failed at first and were drawn again.' if again else '', out=out.name), encoding='utf-8')
+        tmp.write_text(CARD.format(n=len(done), version=__version__, method=m, paper=METHODS[m].paper or 'nothing is made', model=run['model'],
+                                   real=len(run['images']), k=len(run['classes']),
+            metaclass=run['metaclass'], seed=run['seed'], redrawn=f' {again} failed at first and were drawn again.' if again else '', out=out.name),
+            encoding='utf-8')
 
 # %% ../nbs/12_synthesis.ipynb #e94636e9
 def synthesize(pipe:Pipeline,        # a loaded model
@@ -210,21 +220,27 @@ def synthesize(pipe:Pipeline,        # a loaded model
               ) -> SyntheticSet:
     "Make `expansion` synthetic images for every real one, by Diff-II or another of `METHODS`. Raises `UserError` for unusable input, before anything is written."
     from filelock import FileLock, Timeout
-    check_tracker(tracker); out = Path(out); cfg = settings_for(SynthesisSettings, pipe.recommended.get('synthesis',{}), **settings); learn = METHODS[cfg.method].learn
+    check_tracker(tracker); out = Path(out)
+    cfg = settings_for(SynthesisSettings, pipe.recommended.get('synthesis',{}), **settings)
+    learn = METHODS[cfg.method].learn
     ccfg = settings_for(ConceptSettings, pipe.recommended.get('concepts',{}), **{**(concept_settings or {}), **({'rank':0} if learn=='tokens' else {})})
     if concepts is not None and learn!='none': ccfg = ConceptSettings(**concepts.settings)
     icfg = InversionSettings.of(pipe, **{'steps': cfg.steps, **(inversion_settings or {}), **({} if cfg.start=='circle' else {'steps':0, 'draws':1})})
     require(len(images) and images.counts.min(), f'{images.classes[int(images.counts.argmin())]}: has no image; add one or leave the category out')
     require(suffixes or not n_suffixed(cfg.split_ratio, cfg.steps), '--suffixes: a split ratio above 0 needs suffixes; give some, or --split-ratio 0')
     require(learn!='tokens' or not ccfg.rank, f'--concepts: {cfg.method} learns tokens alone, these have a LoRA; learn others with --rank 0')
-    require(pool is None or (tuple(pool.classes),pool.settings)==(tuple(images.classes),asdict(icfg)), 'synthesize: the pool was built for other categories or with other settings; build it with those of this run')
-    run = dict(model=pipe.model, base=model_digest(pipe), classes=images.classes, metaclass=images.metaclass, images={n: images.digest(i) for i,n in enumerate(images.names)},
-               suffixes=list(suffixes), seed=seed, size=pipe.size, synthesis=asdict(cfg), concepts=asdict(ccfg) if learn!='none' else None, inversion=asdict(icfg), batch_size=pipe.batch_size)
+    require(pool is None or (tuple(pool.classes),pool.settings)==(tuple(images.classes),asdict(icfg)),
+            'synthesize: the pool was built for other categories or with other settings; build it with those of this run')
+    run = dict(model=pipe.model, base=model_digest(pipe), classes=images.classes, metaclass=images.metaclass,
+               images={n: images.digest(i) for i,n in enumerate(images.names)},
+               suffixes=list(suffixes), seed=seed, size=pipe.size, synthesis=asdict(cfg), concepts=asdict(ccfg) if learn!='none' else None,
+               inversion=asdict(icfg), batch_size=pipe.batch_size)
     ps = processes()
     if ps.is_main_process: claim(out, run, f'{STATE}/run.json')
     ps.wait_for_everyone()
     try:
-        with FileLock(out/STATE/f'lock{ps.process_index or ""}', timeout=0): return _run(pipe, images, out, run, cfg, concepts, pool, {**asdict(ccfg), 'tracker': tracker, 'sample_every': sample_every}, asdict(icfg), progress)
+        with FileLock(out/STATE/f'lock{ps.process_index or ""}', timeout=0):
+            return _run(pipe, images, out, run, cfg, concepts, pool, {**asdict(ccfg), 'tracker': tracker, 'sample_every': sample_every}, asdict(icfg), progress)
     except Timeout as e: raise UserError(f'--out {out}: another run is writing there; wait for it, or give another folder') from e
 
 # %% ../nbs/12_synthesis.ipynb #22e1e19d
@@ -237,13 +253,15 @@ def _run(pipe, images, out, run, cfg, concepts, pool, ccfg, icfg, progress):
     if pool is not None and ps.is_main_process and not (state/'pool').exists(): pool.save(state/'pool', images, concepts)
     ps.wait_for_everyone()
     with concepts.attached(pipe):
-        pool = InversionPool.build(pipe, images, concepts, state/'pool', lambda d,n: progress('inversion' if cfg.start=='circle' else 'encoding',d,n), **icfg) if cfg.start in ('circle','image') else None
+        pool = InversionPool.build(pipe, images, concepts, state/'pool', lambda d,n: progress('inversion' if cfg.start=='circle' else 'encoding',d,n),
+                                   **icfg) if cfg.start in ('circle','image') else None
         rows = make_plan(images.classes, pool, run['suffixes'], cfg, images.counts, run['model'], seed, run['batch_size'])
         if ps.is_main_process: _write_rows(state/'plan.jsonl', rows)
         ps.wait_for_everyone()
         def again(r, attempt):
             k = images.classes.index(r['source_label'])
-            return plan_row(images.classes, k, r['index'], [pool.names[k].index(x) for x in r['sources']], pool, run['suffixes'], cfg, r['model'], seed, attempt)
+            return plan_row(images.classes, k, r['index'], [pool.names[k].index(x) for x in r['sources']], pool, run['suffixes'], cfg, r['model'], seed,
+                            attempt)
         try:
             _make_all(pipe, concepts, pool, rows, out, again, lambda d,n: progress('images',d,n)); ps.wait_for_everyone()
             if METHODS[cfg.method].filtered and ps.is_main_process: _drop(images, rows, out, cfg)
@@ -289,7 +307,9 @@ def _drop(images, rows, out, cfg):
     if not gone:
         net = lpips_model(cfg.filter_net)
         for k,c in enumerate(images.classes):
-            own = [r for r in rows if r['label']==c]; keep = nearest([images.open(i) for i in images.of_class(k)], [Image.open(out/r['file_name']).convert('RGB') for r in own], len(own)//cfg.candidates, net)
+            own = [r for r in rows if r['label']==c]
+            keep = nearest([images.open(i) for i in images.of_class(k)], [Image.open(out/r['file_name']).convert('RGB') for r in own],
+                           len(own)//cfg.candidates, net)
             gone += [r['file_name'] for i,r in enumerate(own) if i not in set(keep)]
         write_json(file, gone)
     for n in gone: (out/n).unlink(missing_ok=True)
@@ -331,7 +351,10 @@ def status(folder) -> dict: # method, model, concepts, inversions, planned, done
     files = [folder/r['file_name'] for r in plan]; there = [f for f in files if f.is_file()]; missing = {}
     for r,f in zip(plan,files):
         if not f.is_file(): missing[r['label']] = missing.get(r['label'],0)+1
-    learned = 'none' if run['concepts'] is None else 'done' if (state/'concepts'/'concepts.json').is_file() else f"{load_tensors(checkpoint)[1]['step'] if checkpoint.is_file() else 0} of {run['concepts']['steps']} steps"
+    step = lambda: load_tensors(checkpoint)[1]['step'] if checkpoint.is_file() else 0
+    learned = 'none' if run['concepts'] is None else 'done' if (state/'concepts'/'concepts.json').is_file() else f"{step()} of {run['concepts']['steps']} steps"
     times = sorted(f.stat().st_mtime for f in there); span = times[-1]-times[0] if len(times)>1 else 0
-    return dict(method=run['synthesis']['method'], model=run['model'], concepts=learned, inverted=f"{len(list((state/'pool').glob('*.safetensors')))} of {len(run['classes'])} categories",
-                planned=len(plan) or None, done=len(there), missing=missing if plan else None, redrawn=sum(r['attempt']>0 for r in plan), per_minute=round(60*(len(times)-1)/span,1) if span else None)
+    return dict(method=run['synthesis']['method'], model=run['model'], concepts=learned,
+                inverted=f"{len(list((state/'pool').glob('*.safetensors')))} of {len(run['classes'])} categories",
+                planned=len(plan) or None, done=len(there), missing=missing if plan else None, redrawn=sum(r['attempt']>0 for r in plan),
+                per_minute=round(60*(len(times)-1)/span,1) if span else None)
