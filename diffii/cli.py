@@ -190,7 +190,7 @@ def benchmark(task:Annotated[str, typer.Argument(help='few-shot, long-tail, ood,
               dataset:Annotated[str, Opt(help="digits, aviary, one of the paper's data sets, as cub (with --root), or a folder of class sub-folders.")]='digits',
               out:Annotated[Optional[Path], Opt(help='Output folder; finished cells are kept, and the same command goes on. [diffii-benchmark/TASK-DATASET]')]=None,
               shots:Annotated[str, Opt(help='Real images per category, as 5 or 5,10.')]='5',
-              imbalance:Annotated[str, Opt(help='Of the long tail: largest over smallest category.')]='100,20,10',
+              imbalance:Annotated[str, Opt(help='Of the long tail: how steeply the sizes of categories fall.')]='100,20,10',
               methods:Annotated[Optional[str], Opt(help="Rows, as original,diff-mix,diff-ii. [the paper's]")]=None,
               values:Annotated[Optional[str], Opt(help='Of sweeps: the values, as 0,0.3,1.')]=None,
               trials:Annotated[int, Opt(help='Independent repetitions of everything.')]=3,
@@ -200,6 +200,7 @@ def benchmark(task:Annotated[str, typer.Argument(help='few-shot, long-tail, ood,
               steps:Annotated[Optional[int], Opt(help='Steps of the classifier. [400]')]=None,
               lr:Annotated[Optional[float], Opt(help='Learning rate of the classifier.')]=None,
               pretrained:Annotated[bool, Opt('--pretrained', help='Start the classifier from published weights.')]=False,
+              concept_batch:Annotated[Optional[int], Opt(help='As for augment.')]=None,
               model:Annotated[str, Opt(help='As for augment.')]='tiny',
               root:Annotated[Optional[Path], Opt(help="Folder that holds the paper's data sets.")]=None,
               test:Annotated[Optional[Path], Opt(help='Folder of test images of a folder data set. [what the draw leaves over]')]=None,
@@ -216,7 +217,7 @@ def benchmark(task:Annotated[str, typer.Argument(help='few-shot, long-tail, ood,
     say = _say(); out = out or Path('diffii-benchmark')/f'{task}-{Path(dataset).name}'
     training = {k:v for k,v in dict(epochs=epochs, steps=steps, lr=lr, pretrained=pretrained or None).items() if v is not None}
     t = run(task, dataset, out, _numbers('--shots',shots,int), _numbers('--imbalance',imbalance), methods and tuple(methods.split(',')),
-            _numbers('--values',values), trials, arch, size, training, model, root, test,
+            _numbers('--values',values), trials, arch, size, training, concept_batch and dict(batch_size=concept_batch), model, root, test,
             metaclass, clip and tuple(clip.rsplit(':',1)), seed, device, dtype, tuning, quick, Steps(quiet=say is not print, log=log if say is print else None))
     if t is None or not len(t): say(f'see {out}'); return
     say(t.round(2).to_string(index=False, na_rep=''))
@@ -247,11 +248,12 @@ def status(folder:Annotated[Path, typer.Argument(help='A folder that diffii augm
 def remake(folder:Annotated[Path, typer.Argument(help='A folder that diffii augment wrote.')],
            file_name:Annotated[str, typer.Argument(help='An image of its metadata, as oak/00003.png.')],
            to:Annotated[Path, Opt(help='Where to write it.')]=Path('remade.png'),
-           device:DeviceOpt=None, dtype:DtypeOpt='float32'):
+           device:DeviceOpt=None, dtype:Annotated[Optional[str], Opt(help="By default the run's.")]=None, variant:VariantOpt=None):
     "Make one synthetic image again from its line of metadata."
     from diffii.core import read_json, require, save_png
     from diffii.pipeline import load_pipeline
     from diffii.synthesis import remake as again, STATE
     run = folder/STATE/'run.json'; require(run.is_file(), f'{folder}: not a folder that diffii augment wrote'); run = read_json(run)
-    save_png(to, again(load_pipeline(run['model'], device, dtype, size=run['size'], batch_size=run['batch_size']), folder, file_name))
+    pipe = load_pipeline(run['model'], device, dtype or run['dtype'], variant, run['size'], run['batch_size'])
+    save_png(to, again(pipe, folder, file_name))
     print(to)

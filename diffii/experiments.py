@@ -148,6 +148,7 @@ class Bench:
     task: str; out: Path; world: World; pipe: object
     arch: str = 'small'; size: int = 32; training: dict = field(default_factory=dict)
     seed: int = 0; quick: bool = False; clip: tuple|None = None; progress: object = None
+    concepts: dict = field(default_factory=dict) # more settings of `learn_concepts`
     judges: dict = field(default_factory=dict)
     def cell(self, setting, row, trial) -> Path:
         "The file of a cell."
@@ -163,7 +164,7 @@ def get_concepts(b:Bench, setting, trial, train, learn):
     if learn=='none': return None
     quick = dict(steps=10, batch_size=8) if b.quick else {}
     return learn_concepts(b.pipe, train, b.seed+trial, b.work(setting, trial, learn), lambda s,n,loss: b.progress(f'{setting.name} {trial}: {learn}', s, n),
-                          **{**setting.concepts, 'flip': None if b.world.flip else False, **quick, **({'rank':0} if learn=='tokens' else {})})
+                          **{**setting.concepts, 'flip': None if b.world.flip else False, **quick, **b.concepts, **({'rank':0} if learn=='tokens' else {})})
 
 def get_pool(b:Bench, setting, trial, train, concepts, settings):
     "The inversions of a trial, made once for all rows that walk the same way up."
@@ -316,6 +317,7 @@ def benchmark(task:str='few-shot',     # one of `TASKS`
               shots=(5,), imbalance=(100,20,10), methods=None, values=None, trials:int=3,
               arch:str='small', size:int|None=None, # see `train_classifier`; 32 pixels for the small worlds, else 224
               training:dict|None=None, # more settings of `train_classifier`
+              concepts:dict|None=None, # ... and of `learn_concepts`
               model:str='tiny', root=None, test=None, metaclass:str='object', clip=None, seed:int=0, device=None, dtype:str='float32',
               tuning:bool=False,       # on the images that settings are chosen on, not on those that results are reported on; of digits and aviary
               quick:bool=False, progress=None): # -> pandas table
@@ -326,9 +328,9 @@ def benchmark(task:str='few-shot',     # one of `TASKS`
     w = open_world(dataset, root, test, metaclass, tuning); out = Path(out)
     settings = settings_of(task, w, shots, imbalance, methods, values, seed); small = dataset in ('digits','aviary')
     b = Bench(task, out, w, load_pipeline(model, device, dtype), arch, size or (32 if small else 224), training or {}, seed, quick, clip,
-              progress or (lambda *a: None))
+              progress or (lambda *a: None), concepts or {})
     claim(out, dict(task=task, dataset=dataset, arch=arch, size=b.size, training=b.training, model=model, metaclass=metaclass, seed=seed, quick=quick,
-                    **(dict(tuning=True) if tuning else {})), 'experiment.json')
+                    **(dict(tuning=True) if tuning else {}), **(dict(concepts=concepts) if concepts else {})), 'experiment.json')
     for s in settings:
         if task=='strength': save_png(out/f'{folder_name(s.name)}.png', strength_strips(b, s)); continue
         for trial in range(trials):

@@ -51,6 +51,8 @@ class Pipeline:
     @property
     def dtype(self): return self.unet.conv_in.weight.dtype
     @property
+    def dtype_name(self) -> str: return str(self.dtype).removeprefix('torch.') # as `load_pipeline` takes it
+    @property
     def text_parts(self) -> list: # [(name of the tokenizer, name of the text encoder)]
         return [(f'tokenizer{s}', f'text_encoder{s}') for s in ('','_2') if getattr(self.pipe, f'text_encoder{s}', None) is not None]
 

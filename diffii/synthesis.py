@@ -233,7 +233,7 @@ def synthesize(pipe:Pipeline,        # a loaded model
             'synthesize: the pool was built for other categories or with other settings; build it with those of this run')
     run = dict(model=pipe.model, base=model_digest(pipe), classes=images.classes, metaclass=images.metaclass,
                images={n: images.digest(i) for i,n in enumerate(images.names)},
-               suffixes=list(suffixes), seed=seed, size=pipe.size, synthesis=asdict(cfg), concepts=asdict(ccfg) if learn!='none' else None,
+               suffixes=list(suffixes), seed=seed, size=pipe.size, dtype=pipe.dtype_name, synthesis=asdict(cfg), concepts=asdict(ccfg) if learn!='none' else None,
                inversion=asdict(icfg), batch_size=pipe.batch_size)
     ps = processes()
     if ps.is_main_process: claim(out, run, f'{STATE}/run.json')
