@@ -508,11 +508,12 @@ def train_classifier(train,                        # real images: an `ImageSet`
     import torch
     from accelerate.utils import broadcast_object_list
     ps = processes(); _check(train, replacement_probability, steps, epochs, batch_size)
+    require(test is None or tuple(test.classes)==tuple(train.classes), 'test set: its categories differ from those of the training set')
     extra = long_tail_callbacks(long_tail_method, seed)
     steps = steps if epochs is None else -(-int(epochs*len(train))//batch_size) or 1
     lr = lr or (.1 if arch=='small' else .01); device = str(ps.device if ps.num_processes>1 else device or ('cuda' if torch.cuda.is_available() else 'cpu'))
     settings.update(steps=steps, lr=lr, device=device, n_train=len(train), n_synthetic=0 if synthetic is None else len(synthetic))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[device] if device.startswith('cuda') else []):
         torch.manual_seed(seed_of(seed,'classifier'))
         model,stats = build_model(arch, len(train.classes), size, pretrained)
         if ps.process_index: torch.manual_seed(seed_of(seed,'classifier',ps.process_index))  # the same network, another dropout

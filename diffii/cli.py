@@ -254,6 +254,6 @@ def remake(folder:Annotated[Path, typer.Argument(help='A folder that diffii augm
     from diffii.pipeline import load_pipeline
     from diffii.synthesis import remake as again, STATE
     run = folder/STATE/'run.json'; require(run.is_file(), f'{folder}: not a folder that diffii augment wrote'); run = read_json(run)
-    pipe = load_pipeline(run['model'], device, dtype or run['dtype'], variant, run['size'], run['batch_size'])
+    pipe = load_pipeline(run['model'], device, dtype or run.get('dtype','float32'), variant, run['size'], run['batch_size'])
     save_png(to, again(pipe, folder, file_name))
     print(to)

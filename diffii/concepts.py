@@ -201,7 +201,7 @@ def concept_training(pipe:Pipeline, images:ImageSet, cfg:ConceptSettings, seed:i
     from peft import get_peft_model_state_dict
     K = len(images.classes); acc = _accelerator(pipe, folder, cfg, tracker)
     got = Concepts(images.classes, images.metaclass, asdict(cfg), model_digest(pipe), _start_rows(pipe, K*cfg.n_tokens, cfg, images.metaclass, seed), {})
-    pictures = [images.open(i) for i in range(len(images))]
+    pictures = [pipe.fit(images.open(i)) for i in range(len(images))]
     views = torch.stack([pipe.encode_images(p) for p in ([pictures] + ([[im.transpose(0) for im in pictures]] if cfg.flip else []))], 1)  # 0: FLIP_LEFT_RIGHT
     labels = np.array(images.labels)
     off = got.attach(pipe)
@@ -249,7 +249,7 @@ def _accelerator(pipe, folder, cfg, tracker):
     from accelerate import Accelerator
     check_tracker(tracker); log = dict(log_with=tracker, project_dir=Path(folder or '.')/'log') if tracker else {}
     acc = Accelerator(mixed_precision={torch.float16:'fp16', torch.bfloat16:'bf16'}.get(pipe.dtype,'no') if pipe.device.type=='cuda' else 'no',
-                      cpu=pipe.device.type=='cpu', **log)
+                      cpu=pipe.device.type=='cpu', device_placement=False, **log)  # the pipeline is where it should be
     try: acc.init_trackers('concepts', asdict(cfg))
     except Exception as e:
         raise UserError(f'--tracker {tracker}: does not start ({(str(e).strip() or type(e).__name__).splitlines()[0]}); set it up, or go on without') from e
@@ -301,7 +301,7 @@ def _train_step(acc, learner, opt, params, cfg, batch, views, labels, log):
     "One optimizer step on this process's share of the batch; returns the loss, averaged over processes."
     i,v,eps,t = (x[acc.process_index::acc.num_processes] for x in batch)
     with deterministic(acc.device.type=='cpu'):
-        with acc.autocast(): loss = learner(views[i,v].to(acc.device), torch.from_numpy(labels)[i].to(acc.device), eps.to(acc.device), t.to(acc.device))
+        with acc.autocast(): loss = learner(*(x.to(params[0].device) for x in (views[i,v], torch.from_numpy(labels)[i], eps, t)))
         acc.backward(loss)
     acc.clip_grad_norm_(params, cfg.max_norm); opt.step(); opt.zero_grad()
     loss = acc.reduce(loss.detach(), 'mean').item()

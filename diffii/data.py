@@ -39,8 +39,8 @@ def read_image(path) -> Image.Image: # RGB, 8 bits, upright
             if getattr(im, 'n_frames', 1) > 1: warnings.warn(f'{path}: animated, only its first frame is used')
             im.load()
             return to_rgb(im)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise UserError(f'{path}: not a readable image ({str(e).splitlines()[0]}); {remedy}') from e
+    except Exception as e:  # Pillow's readers raise whatever a broken file makes them stumble over
+        raise UserError(f'{path}: not a readable image ({(str(e) or type(e).__name__).splitlines()[0]}); {remedy}') from e
 
 # %% ../nbs/01_data.ipynb #0354a5da
 @dataclass(frozen=True)
@@ -181,10 +181,13 @@ def image_table(table,                 # CSV file with a header
     "An image set from a CSV table. Raises `UserError` for a missing column or file, with its line number."
     table = Path(table); folder = Path(folder or table.parent)
     require(table.is_file(), f'{table}: no such file')
-    with open(table, newline='', encoding='utf-8') as f: rows = list(csv.DictReader(f))
+    try:
+        with open(table, newline='', encoding='utf-8-sig') as f: rows = list(csv.DictReader(f))  # with or without Excel's mark
+    except UnicodeDecodeError as e: raise UserError(f'{table}: not UTF-8 ({e.reason}); save it as "CSV UTF-8"') from e
     require(rows, f'{table}: no rows')
     for c in filter(None, (image,label,group)): require(c in rows[0], f'{table}: no column {c!r}; it has {", ".join(rows[0])}')
     for n,r in enumerate(rows, 2):
+        for c in filter(None, (image,label,group)): require(r[c], f'{table}, line {n}: no {c}; fill it in, or remove the line')
         if e := _readable(folder/r[image]): raise UserError(f'{table}, line {n}: {e}')
     classes = sorted({r[label] for r in rows})
     return ImageSet(tuple(folder/r[image] for r in rows), tuple(classes.index(r[label]) for r in rows), tuple(classes), metaclass,

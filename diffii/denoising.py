@@ -18,8 +18,9 @@ def dpm_step(x:torch.Tensor,   # (n, c, h, w) latents at level abar_from
              memory:tuple|None=None # what the step before returned
             ) -> tuple:        # (latents at abar_to, memory for the next step)
     "One step of DPM-Solver++(2M)."
-    lam = lambda a: .5*math.log(a/(1-a))
-    x0 = (x - (1-abar_from)**.5*eps)/abar_from**.5; h = lam(abar_to)-lam(abar_from); d = x0
+    lam = lambda a: .5*math.log(a/(1-a)); x0 = (x - (1-abar_from)**.5*eps)/abar_from**.5
+    if abar_to==1: return x0, None  # no noise is left: lambda is infinite there
+    h = lam(abar_to)-lam(abar_from); d = x0
     if memory: last,h0 = memory; d = x0 + (x0-last)*h/(2*h0)
     return ((1-abar_to)/(1-abar_from))**.5*x - abar_to**.5*math.expm1(-h)*d, (x0,h)
 

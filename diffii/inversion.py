@@ -66,13 +66,18 @@ class InversionSettings:
     flip: bool = True            # may a mirrored view stand in for a missing second image?
     views: bool = True           # give a one-image category views of its image; without, it raises
     inversion_noise_seed: int = 0
+    def __post_init__(self):
+        require(not self.steps or 0 <= self.forward_steps < self.steps, f'--forward-steps {self.forward_steps}: give 0 to {self.steps-1}')
+        require(self.draws==1 or (self.draws>1 and self.forward_steps and self.steps),
+                f'--draws {self.draws}: several inversions of an image differ in the noise of their forward steps; give --forward-steps 1 or more, or --draws 1')
     @classmethod
     def of(cls, pipe:Pipeline, **given) -> 'InversionSettings':
         "What is given, then what the model recommends, then the paper's; recommended forward steps are of the default number of steps, and keep their share of another."
         rec = dict(pipe.recommended.get('inversion',{})); steps = given.get('steps')
         if steps and rec.get('forward_steps'):
             rec['forward_steps'] = min(steps-1, math.ceil(rec['forward_steps']*steps/cls.steps))
-            if not rec['forward_steps']: rec['draws'] = 1
+        f = given.get('forward_steps')
+        if not (rec.get('forward_steps') if f is None else f): rec.pop('draws', None)  # without their noise the draws are all the same
         return settings_for(cls, rec, **given)
 
 def extra_views(im:Image.Image, flip:bool) -> dict: # name of the view -> image of the same size
@@ -94,13 +99,16 @@ class InversionPool:
         return {k: v.mean().item() for k,v in latent_stats(torch.cat(self.latents)).items()}
     def __len__(self): return sum(map(len, self.names))
 
-def _category_views(images, k, cfg):
-    "Images and names that are inverted for category k."
-    own = images.of_class(k); ims = [images.open(i) for i in own]; names = [images.names[i] for i in own]
+def _category_views(images, k, cfg, fit): # (images as `fit` makes them, names, digests)
+    "What is inverted for category k; pictures are not held at their full size."
+    own = images.of_class(k); names = [images.names[i] for i in own]; ims,digests = [],[]
+    def take(im): ims.append(fit(im)); digests.append(digest(im))
+    for i in own: take(images.open(i))
     if len(own)==1 and cfg.steps:
         require(cfg.views, f'{images.classes[k]}: one image makes no pair; add an image or allow views')
-        v = extra_views(ims[0], cfg.flip); ims += v.values(); names += [f'{names[0]}#{n}' for n in v]
-    return ims*cfg.draws, [n+(f'@{j}' if j else '') for j in range(cfg.draws) for n in names]
+        v = extra_views(images.open(own[0]), cfg.flip); names += [f'{names[0]}#{n}' for n in v]
+        for im in v.values(): take(im)
+    return ims*cfg.draws, [n+(f'@{j}' if j else '') for j in range(cfg.draws) for n in names], digests*cfg.draws
 
 def image_of(name:str) -> str:
     "The image behind an inversion's name: one image may have several inversions, 'x', 'x@1', 'x@2'."
@@ -116,14 +124,12 @@ def build(cls:InversionPool, pipe:Pipeline, images:ImageSet,
          ) -> InversionPool:
     "Invert every image under its category's plain prompt."
     cfg = InversionSettings.of(pipe, **settings)
-    require(cfg.draws==1 or (cfg.draws>1 and cfg.forward_steps and cfg.steps),
-            f'--draws {cfg.draws}: several inversions of an image differ in the noise of their forward steps; give --forward-steps 1 or more, or --draws 1')
     K = len(images.classes); files = [folder and Path(folder)/f'{folder_name(c)}.safetensors' for c in images.classes]
-    views = [_category_views(images, k, cfg) for k in range(K)]; sizes = [len(n) for _,n in views]
-    keys = [_category_key(ims, n, cfg, concepts) for ims,n in views]
+    views = [_category_views(images, k, cfg, pipe.fit) for k in range(K)]; sizes = [len(n) for _,n,_ in views]
+    keys = [_category_key(n, pixels, cfg, concepts) for _,n,pixels in views]
     latents = [_read_category(f, key) for f,key in zip(files,keys)]
     ps = processes(); share = slice(ps.process_index,None,ps.num_processes) if folder else slice(None)
-    todo = [g for g in _groups(range(K), sizes, pipe.batch_size) if any(latents[k] is None for k in g)][share]
+    todo = [g for g in _groups(range(K), sizes, pipe.batch_size)[share] if any(latents[k] is None for k in g)]  # shared before any is left out: all agree
     every = sum(sizes); done = every-sum(sizes[k] for g in todo for k in g)
     if progress: progress(done, every)
     for group in todo:
@@ -134,7 +140,7 @@ def build(cls:InversionPool, pipe:Pipeline, images:ImageSet,
         if progress: progress(done, every)
     ps.wait_for_everyone()  # with several processes each inverts its share, and reads what the others wrote
     latents = [_read_category(f, key) if z is None else z for z,f,key in zip(latents,files,keys)]
-    pool = cls(images.classes, latents, [n for _,n in views], asdict(cfg))
+    pool = cls(images.classes, latents, [n for _,n,_ in views], asdict(cfg))
     if cfg.steps: pool.check()
     return pool
 
@@ -150,8 +156,8 @@ def _invert_group(pipe, group, views, concepts, cfg): # -> one tensor for each c
     return [z.clone() for z in z.split(sizes)]
 
 # %% ../nbs/06_inversion.ipynb #37a550e7
-def _category_key(ims, names, cfg, concepts):
-    return dict(names=names, pixels=[digest(im) for im in ims], settings=asdict(cfg), concepts=_concepts_digest(concepts))
+def _category_key(names, pixels, cfg, concepts):
+    return dict(names=names, pixels=pixels, settings=asdict(cfg), concepts=_concepts_digest(concepts))
 def _write_category(file, z, key): save_tensors(file, {'latents': z, **latent_stats(z)}, key)
 def _concepts_digest(c): return hashlib.sha256(b''.join(t.numpy().tobytes() for t in [*c.rows, *[c.lora[k] for k in sorted(c.lora)]])).hexdigest()[:16]
 
@@ -178,7 +184,8 @@ def save(self:InversionPool, folder,
     "Write the pool as `build` does, which will then read it there."
     cfg = InversionSettings(**self.settings)
     for k,(c,z) in enumerate(zip(self.classes, self.latents)):
-        _write_category(Path(folder)/f'{folder_name(c)}.safetensors', z, _category_key(*_category_views(images, k, cfg), cfg, concepts))
+        _,names,pixels = _category_views(images, k, cfg, lambda im: None)
+        _write_category(Path(folder)/f'{folder_name(c)}.safetensors', z, _category_key(names, pixels, cfg, concepts))
 
 @patch
 def check(self:InversionPool):

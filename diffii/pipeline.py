@@ -98,7 +98,11 @@ def load_pipeline(model:str='tiny',     # hub id, as 'stable-diffusion-v1-5/stab
             f'--model {model}: has no safety checker; load it without, or give a checkpoint that has one, as SD 1.5')
     kind = pipe.scheduler.config.get('prediction_type','epsilon')
     require(kind in ('epsilon','v_prediction'), f"--model {model}: prediction_type '{kind}' has no noise to invert; use a model with epsilon or v_prediction")
-    pipe.to(device or processes().device); pipe.set_progress_bar_config(disable=True)
+    try: pipe.to(device or processes().device)
+    except (RuntimeError, AssertionError) as e:
+        if out_of_memory(e): raise
+        raise UserError(f'--device {device}: cannot be used here ({str(e).splitlines()[0]}); leave it out, or give cpu') from e
+    pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.vae): part.requires_grad_(False).eval().to(memory_format=torch.channels_last)
     if type(pipe).__name__=='StableDiffusionXLPipeline' and pipe.vae.config.get('force_upcast'): pipe.vae.float()
     for s in ('text_encoder','text_encoder_2','safety_checker'):
@@ -140,13 +144,18 @@ def in_parts(self:Pipeline,
         except (RuntimeError, MemoryError) as e:
             if not out_of_memory(e): raise
         room = min(self.at_once, n*per)//2  # out here the failed call's tensors are free
-        require(room, 'memory ran out with one image at a time, where a smaller --batch-size is no help; give --dtype float16 or a smaller --size, or free '
-                      'memory: the same command goes on from here')
+        require(room, 'memory ran out with one image at a time, where a smaller --batch-size is no help; free memory, and the same command '
+                      'goes on from here, or begin anew with --dtype float16 or a smaller --size')
         self.at_once = room; clear_device_cache(garbage_collection=True)
     if self.at_once<began: warnings.warn(f'memory ran out with {began} images at a time; {self.at_once} from here on')
     return out
 
 # %% ../nbs/04_pipeline.ipynb #b2c83b88
+@patch
+def fit(self:Pipeline, image) -> Image.Image:
+    "The middle of a picture, at the model's size."
+    return ImageOps.fit(image, (self.size,self.size), Image.BICUBIC)
+
 @patch
 @torch.inference_mode()
 def encode_images(self:Pipeline,
@@ -154,7 +163,7 @@ def encode_images(self:Pipeline,
                  ) -> torch.Tensor: # (n, channels, h, w) float32 latents on the CPU, scaled to about unit variance
     "Latents of images: the posterior's mean times the scaling factor."
     def encode(s):
-        x = np.stack([np.asarray(ImageOps.fit(im, (self.size,self.size), Image.BICUBIC)) for im in images[s]])
+        x = np.stack([np.asarray(self.fit(im)) for im in images[s]])
         x = torch.from_numpy(x).permute(0,3,1,2).to(self.device).float().div(127.5).sub(1).contiguous(memory_format=torch.channels_last)
         return self.vae.encode(x.to(self.vae.dtype)).latent_dist.mean.float().cpu()*self.vae.config.scaling_factor
     return torch.cat(self.in_parts(encode, len(images)))

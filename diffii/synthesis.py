@@ -283,11 +283,12 @@ def _get_concepts(pipe, images, seed, folder, given, settings, learn, progress):
 def _make_all(pipe, concepts, pool, rows, out, redraw, progress):
     "Make what is missing, batch by batch, writing in a thread; of several processes each makes its share."
     ps = processes(); dropped = set(read_json(out/STATE/'dropped.json')) if (out/STATE/'dropped.json').is_file() else ()
-    todo = [b for b in _by_batch(rows) if not all(r['file_name'] in dropped or (out/r['file_name']).is_file() for r in b)]
-    done = len(rows)-sum(map(len,todo)); progress(done, len(rows)); parts = {r['batch']: r.get('at_once') for r in _all_rows(out/STATE)}
+    there = lambda b: all(r['file_name'] in dropped or (out/r['file_name']).is_file() for r in b)
+    batches = _by_batch(rows); done = sum(len(b) for b in batches if there(b)); progress(done, len(rows)); parts = {r['batch']: r.get('at_once') for r in _all_rows(out/STATE)}
     with ThreadPoolExecutor(1) as writer:
         jobs = []
-        for b in todo[ps.process_index::ps.num_processes]:
+        for b in batches[ps.process_index::ps.num_processes]:
+            if there(b): continue
             images,tries = make_or_redraw(pipe, concepts, pool, [r|dict(at_once=parts.get(r['batch'])) for r in b], redraw)
             if tries: _write_rows(out/STATE/'redrawn'/f"{b[0]['batch']}.jsonl", tries)
             for j in jobs: j.result()
