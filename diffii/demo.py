@@ -93,7 +93,7 @@ table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .8rem;border-bo
 {% for name, a in r.accuracy.items() %}<tr><td>{{ name }}</td><td class="n">{{ '%.1f'|format(a.mean) }} %</td><td class="n">{{ '%.1f'|format(a.sd) if a.sd is not none else '-' }}</td><td>{{ a.trials|map('round',1)|join(', ') }}</td></tr>{% endfor %}</table>
 <p>{{ r.verdict }}</p>
 {% for p in pictures %}<h2>{{ p.title }}</h2><figure><img alt="{{ p.title }}" src="data:image/png;base64,{{ p.data }}"><figcaption>{{ p.caption }}</figcaption></figure>{% endfor %}
-<h2>Diversity</h2><p>Mean pairwise LPIPS within a category (higher is more diverse): {% if r.lpips %}{% for k,v in r.lpips.items() %}{{ k }} {{ '%.3f'|format(v) }}{{ ', ' if not loop.last }}{% endfor %}{% else %}not measured ({{ r.lpips_note }}){% endif %}.</p>
+<h2>Diversity</h2><p>Mean pairwise LPIPS within a category (higher is more diverse): {% for k,v in r.lpips.items() %}{{ k }} {{ '%.3f'|format(v) }}{{ ', ' if not loop.last }}{% endfor %}{% if r.lpips_note %} (not measured: {{ r.lpips_note }}){% endif %}.</p>
 <h2>Time</h2><table>{% for k,v in r.seconds.items() %}<tr><td>{{ k }}</td><td class="n">{{ '%.1f'|format(v) }} s</td></tr>{% endfor %}</table>
 <h2>Settings</h2><table>{% for k,v in r.settings.items() %}<tr><td>{{ k }}</td><td>{{ v }}</td></tr>{% endfor %}</table>
 </body></html>"""
@@ -161,14 +161,15 @@ def verdict(accuracy:dict) -> str:
     return said+f" (95 % interval +- {d.ci95:.1f}): " + ('a gain.' if gain>d.ci95 else 'a loss.' if gain<-d.ci95 else 'a tie.')
 
 def _diversity(few, S, progress):
-    "LPIPS diversity of real and synthetic images, or None and the reason."
+    "LPIPS diversity of real and synthetic images, of each that has one, and the reason where it has none."
     from diffii.core import UserError
     from diffii.metrics import lpips_diversity
-    progress('diversity', 0, 2); out = {}
-    try:
-        for i,(name,s) in enumerate((('real',few),('synthetic',S))): out[name] = float(lpips_diversity(s)[0]); progress('diversity', i+1, 2)
-    except UserError as e: progress('diversity', 2, 2); return None, str(e)
-    return out, ''
+    out,notes = {},[]; progress('diversity', 0, 2)
+    for i,(name,s) in enumerate((('real',few),('synthetic',S))):
+        try: out[name] = float(lpips_diversity(s)[0])
+        except UserError as e: notes.append(f'{name}: {e}')
+        progress('diversity', i+1, 2)
+    return out, '; '.join(notes)
 
 def _pictures(few, S, strip, r):
     "The pictures of the report."

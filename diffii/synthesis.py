@@ -16,8 +16,8 @@ import numpy as np, torch
 from .core import UserError, require, processes, generator, seed_of, folder_name, atomic, claim, write_json, read_json, save_png, load_tensors
 from .data import ImageSet
 from .pipeline import Pipeline, ddim_grid
-from .concepts import Concepts, ConceptSettings, learn_concepts, named_concepts, check_tracker, settings_for, model_digest, same_model
-from .inversion import InversionPool, InversionSettings, image_of
+from .concepts import Concepts, ConceptSettings, learn_concepts, named_concepts, check_learning, check_tracker, settings_for, model_digest, same_model
+from .inversion import InversionPool, InversionSettings, check_pairs, image_of
 from .interpolation import slerp, angle, draw_pairs, draw_strength
 from .denoising import two_stage_denoise, n_suffixed, check_fast
 from .methods import METHODS, get_method, first_step, noised, soft_targets, nearest
@@ -44,6 +44,7 @@ class SynthesisSettings:
     def __post_init__(self):
         m = get_method(self.method); self.strengths = tuple(self.strengths) or m.strengths
         require(isinstance(self.expansion,int) and self.expansion>=1, f'--expansion {self.expansion}: give a whole number of 1 or more')
+        require(isinstance(self.steps,int) and self.steps>=1, f'--steps {self.steps}: give a whole number of 1 or more')
         if not m.two_stage: self.split_ratio = 0.   # the baselines know no suffixes
         n_suffixed(self.split_ratio, self.steps)
         for s in self.strengths: first_step(s, self.steps)
@@ -220,21 +221,16 @@ def synthesize(pipe:Pipeline,        # a loaded model
               ) -> SyntheticSet:
     "Make `expansion` synthetic images for every real one, by Diff-II or another of `METHODS`. Raises `UserError` for unusable input, before anything is written."
     from filelock import FileLock, Timeout
-    check_tracker(tracker); out = Path(out)
-    cfg = settings_for(SynthesisSettings, pipe.recommended.get('synthesis',{}), **settings)
+    out = Path(out); cfg = settings_for(SynthesisSettings, pipe.recommended.get('synthesis',{}), **settings)
     learn = METHODS[cfg.method].learn
     ccfg = settings_for(ConceptSettings, pipe.recommended.get('concepts',{}), **{**(concept_settings or {}), **({'rank':0} if learn=='tokens' else {})})
     if concepts is not None and learn!='none': ccfg = ConceptSettings(**concepts.settings)
     icfg = InversionSettings.of(pipe, **{'steps': cfg.steps, **(inversion_settings or {}), **({} if cfg.start=='circle' else {'steps':0, 'draws':1})})
-    require(len(images) and images.counts.min(), f'{images.classes[int(images.counts.argmin())]}: has no image; add one or leave the category out')
-    require(suffixes or not n_suffixed(cfg.split_ratio, cfg.steps), '--suffixes: a split ratio above 0 needs suffixes; give some, or --split-ratio 0')
-    require(learn!='tokens' or not ccfg.rank, f'--concepts: {cfg.method} learns tokens alone, these have a LoRA; learn others with --rank 0')
-    require(pool is None or (tuple(pool.classes),pool.settings)==(tuple(images.classes),asdict(icfg)),
-            'synthesize: the pool was built for other categories or with other settings; build it with those of this run')
+    check_tracker(tracker); _check(pipe, images, suffixes, cfg, ccfg, icfg, concepts, pool)
     run = dict(model=pipe.model, base=model_digest(pipe), classes=images.classes, metaclass=images.metaclass,
                images={n: images.digest(i) for i,n in enumerate(images.names)},
                suffixes=list(suffixes), seed=seed, size=pipe.size, dtype=pipe.dtype_name, synthesis=asdict(cfg), concepts=asdict(ccfg) if learn!='none' else None,
-               inversion=asdict(icfg), batch_size=pipe.batch_size)
+               inversion=asdict(icfg), batch_size=pipe.batch_size, **({} if concepts is None else dict(given=concepts.digest())))
     ps = processes()
     if ps.is_main_process: claim(out, run, f'{STATE}/run.json')
     ps.wait_for_everyone()
@@ -242,6 +238,23 @@ def synthesize(pipe:Pipeline,        # a loaded model
         with FileLock(out/STATE/f'lock{ps.process_index or ""}', timeout=0):
             return _run(pipe, images, out, run, cfg, concepts, pool, {**asdict(ccfg), 'tracker': tracker, 'sample_every': sample_every}, asdict(icfg), progress)
     except Timeout as e: raise UserError(f'--out {out}: another run is writing there; wait for it, or give another folder') from e
+
+# %% ../nbs/12_synthesis.ipynb #fa10e5cf
+def _check(pipe, images, suffixes, cfg, ccfg, icfg, concepts, pool):
+    "Raise `UserError` for whatever would stop the run later."
+    learn = METHODS[cfg.method].learn; ddim_grid(pipe, cfg.steps)
+    require(len(images) and images.counts.min(), f'{images.classes[int(images.counts.argmin())]}: has no image; add one or leave the category out')
+    check_pairs(images, icfg)
+    require(suffixes or not n_suffixed(cfg.split_ratio, cfg.steps), '--suffixes: a split ratio above 0 needs suffixes; give some, or --split-ratio 0')
+    if concepts is None and learn!='none': check_learning(pipe, images, ccfg)
+    if concepts is not None:
+        require(learn!='tokens' or not ccfg.rank, f'--concepts: {cfg.method} learns tokens alone, these have a LoRA; learn others with --rank 0')
+        require(tuple(concepts.classes)==tuple(images.classes),
+                '--concepts: were learned for other categories; learn them again, or give the images they belong to')
+        require(same_model(concepts.base, model_digest(pipe)),
+                f'--concepts: were learned on another model than {pipe.model}; learn them again, or give the model they were learned on with --model')
+    require(pool is None or (tuple(pool.classes),pool.settings)==(tuple(images.classes),asdict(icfg)),
+            'synthesize: the pool was built for other categories or with other settings; build it with those of this run')
 
 # %% ../nbs/12_synthesis.ipynb #22e1e19d
 def _run(pipe, images, out, run, cfg, concepts, pool, ccfg, icfg, progress):
@@ -275,7 +288,6 @@ def _get_concepts(pipe, images, seed, folder, given, settings, learn, progress):
     if learn=='none': return named_concepts(pipe, images)
     if (folder/'concepts.json').exists(): return Concepts.load(folder)
     if given is None: return learn_concepts(pipe, images, seed, folder, progress, **settings)
-    require(tuple(given.classes)==tuple(images.classes), '--concepts: were learned for other categories; learn them again, or give the images they belong to')
     if processes().is_main_process: given.save(folder)
     return given
 
@@ -345,6 +357,12 @@ def load_pool(folder, classes) -> InversionPool:
     return InversionPool(tuple(classes), [t['latents'] for t,_ in got], [m['names'] for _,m in got], got[0][1]['settings'])
 
 # %% ../nbs/12_synthesis.ipynb #38be6cbb
+def _per_minute(plan, folder): # or None, where there is one batch or none
+    "Images per minute from the end of the first batch to the end of the last."
+    times = [[f.stat().st_mtime for r in b if (f := folder/r['file_name']).is_file()] for b in _by_batch(plan)]
+    ends = sorted((max(t),len(t)) for t in times if t); span = ends[-1][0]-ends[0][0] if ends else 0
+    return round(60*sum(n for _,n in ends[1:])/span, 1) if span else None
+
 def status(folder) -> dict: # method, model, concepts, inversions, planned, done, missing by category, redrawn, images per minute
     "What is done and what is missing in an output folder."
     folder = Path(folder); state = folder/STATE; require((state/'run.json').is_file(), f'{folder}: not a folder of synthetic images with its {STATE} folder')
@@ -354,8 +372,7 @@ def status(folder) -> dict: # method, model, concepts, inversions, planned, done
         if not f.is_file(): missing[r['label']] = missing.get(r['label'],0)+1
     step = lambda: load_tensors(checkpoint)[1]['step'] if checkpoint.is_file() else 0
     learned = 'none' if run['concepts'] is None else 'done' if (state/'concepts'/'concepts.json').is_file() else f"{step()} of {run['concepts']['steps']} steps"
-    times = sorted(f.stat().st_mtime for f in there); span = times[-1]-times[0] if len(times)>1 else 0
     return dict(method=run['synthesis']['method'], model=run['model'], concepts=learned,
                 inverted=f"{len(list((state/'pool').glob('*.safetensors')))} of {len(run['classes'])} categories",
                 planned=len(plan) or None, done=len(there), missing=missing if plan else None, redrawn=sum(r['attempt']>0 for r in plan),
-                per_minute=round(60*(len(times)-1)/span,1) if span else None)
+                per_minute=_per_minute(plan, folder))
