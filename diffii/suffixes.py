@@ -7,7 +7,7 @@ __all__ = ['PROMPT', 'GENERAL', 'clean_text', 'prefix', 'plain_prompt', 'class_p
            'published', 'published_suffixes', 'read_suffixes', 'colour_layout', 'context_model', 'MeasuringCaptioner',
            'ModelCaptioner', 'setting_of', 'ClusterSummariser', 'summary_prompt', 'parse_suffixes', 'LLMSummariser',
            'ChatSummariser', 'EndpointSummariser', 'get_captioner', 'get_summariser', 'captions_of', 'make_suffixes',
-           'world_suffixes', 'choose_suffixes']
+           'world_suffixes', 'choose_suffixes', 'kept_suffixes']
 
 # %% ../nbs/08_suffixes.ipynb #842c2cd4
 import contextlib, http.client, json, os, re, time, unicodedata, urllib.error, urllib.request, warnings
@@ -17,7 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
-from .core import UserError, require, read_json, seed_of
+from .core import UserError, require, read_json, write_json, seed_of, first_makes
 from .data import ImageSet, to_rgb
 from . import aviary, digits
 
@@ -301,6 +301,7 @@ def parse_suffixes(answer:str, # what the language model wrote
 class LLMSummariser:
     "Suffixes by a language model; subclasses say how to `ask`."
     max_captions = 200  # most captions in the prompt
+    def check(self): "Raise `UserError` where it is known beforehand that no question can be asked."
     def ask(self, prompt:str) -> tuple: # (answer, was it cut off?)
         raise NotImplementedError
     def summarise(self, captions, metaclass, max_suffixes=10, seed=0) -> list:
@@ -386,6 +387,9 @@ class EndpointSummariser(LLMSummariser):
                  max_captions:int=200, # most captions in the prompt
                  **options):           # more fields of the request, as temperature=0
         self.model, self.timeout, self.retries, self.wait, self.max_captions, self.options = model, timeout, retries, wait, max_captions, options
+    def check(self):
+        "Address and key must be there."
+        _endpoint()
     def _reply(self, prompt):
         url = _endpoint(); where = f'{urlsplit(url).netloc}, model {self.model}'
         for i in range(self.retries+1):
@@ -436,10 +440,14 @@ def make_suffixes(images,           # an `ImageSet`, or a list of Pillow images
                   summariser,       # has `summarise(captions, metaclass, max_suffixes, seed)`
                   seed:int=0,       # draws the captions that a language model sees
                   max_suffixes:int=10,
-                  progress=iter     # wraps the captions, as tqdm does
+                  progress=lambda stage, done, all: None # called after each caption
                  ) -> list:         # suffixes
-    "Caption every image, and sum up the captions."
-    return summariser.summarise(list(progress(captions_of(images, captioner))), metaclass, max_suffixes=max_suffixes, seed=seed)
+    "Caption every image, and sum up the captions. A summariser that has a `check` is asked first whether it will be able to."
+    getattr(summariser, 'check', lambda: None)()
+    captions = []
+    for c in captions_of(images, captioner):
+        captions.append(c); progress('captions', len(captions), len(images))
+    return summariser.summarise(captions, metaclass, max_suffixes=max_suffixes, seed=seed)
 
 # %% ../nbs/08_suffixes.ipynb #d03d5be0
 def world_suffixes(metaclass:str # the word for all categories
@@ -460,7 +468,8 @@ def choose_suffixes(spec=None,            # a list, a text file, or the name of 
                     captioner=None,       # a captioner, or the name of one
                     summariser='cluster', # a summariser, or the name of one
                     seed:int=0,
-                    fallback=None         # suffixes to use where nothing is known
+                    fallback=None,        # suffixes to use where nothing is known
+                    progress=lambda stage, done, all: None # called after each caption
                    ) -> tuple:            # (suffixes, where they come from, in words)
     "The suffixes to use: the user's own, captions summed up, what is known for the metaclass, `fallback`; else `UserError`."
     if spec: return read_suffixes(spec), f'from {spec}' if isinstance(spec,(str,Path)) else 'given'
@@ -468,9 +477,24 @@ def choose_suffixes(spec=None,            # a list, a text file, or the name of 
         require(images is not None and len(images), '--captioner: there are no images to caption')
         reader = get_captioner(captioner, metaclass, seed) if isinstance(captioner,str) else captioner
         summer = get_summariser(summariser) if isinstance(summariser,str) else summariser
-        return make_suffixes(images, metaclass, reader, summer, seed), f'summed up from {len(images)} captions'
+        return make_suffixes(images, metaclass, reader, summer, seed, progress=progress), f'summed up from {len(images)} captions'
     found,source = world_suffixes(metaclass)
     if found: return found, source
     require(fallback, f'no suffixes are known for the metaclass {metaclass!r}; give --suffixes (a text file with one on each line, or a published list), or '
                       'name a --captioner')
     return read_suffixes(fallback), 'fit for most photographs'
+
+# %% ../nbs/08_suffixes.ipynb #02099ee3
+def kept_suffixes(file,       # where the choice is kept, as OUT/.diffii/suffixes.json
+                  choose,     # () -> (suffixes, where they come from)
+                  about:dict, # what they are chosen from, as it can stand in JSON
+                  write:bool=True # write a new choice down
+                 ) -> tuple:  # (suffixes, where they come from)
+    "Suffixes that are chosen once, by the first process, for as long as `about` stays what it is."
+    def first():
+        kept = read_json(file) if Path(file).is_file() else {}
+        if kept.get('about')!=json.loads(json.dumps(about)):
+            kept = dict(zip(('suffixes','source'), choose()), about=about)
+            if write: write_json(file, kept)
+        return list(kept['suffixes']), kept['source']
+    return first_makes(first)
