@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLUTTER', 'UserError', 'require', 'seed_of', 'generator', 'atomic', 'write_json', 'save_png', 'read_json',
            'save_tensors', 'load_tensors', 'optimizer_tensors', 'load_optimizer_tensors', 'processes', 'first_makes',
-           'claim', 'holds_run', 'differences', 'tentative', 'folder_name']
+           'claim', 'holds_run', 'differences', 'tentative', 'folder_name', 'clean_text']
 
 # %% ../nbs/00_core.ipynb #0f8a5a06
 import contextlib, hashlib, json, os, re, unicodedata
@@ -162,7 +162,16 @@ def tentative(file,  # what the block may write
 
 # %% ../nbs/00_core.ipynb #a0c84a8d
 def folder_name(name:str # a class name, any text
-               ) -> str: # a name that is safe as one folder
+               ) -> str: # a name that is safe as one folder, 210 bytes at the most
     "`name` where it is safe as a folder, and otherwise a cleaned form with a short digest that keeps it unique."
     clean = re.sub(r'[\x00-\x1f<>:"/\\|?*]', '_', unicodedata.normalize('NFC', name)).strip(' .')[:80]
-    return name if name and clean == name else f"{clean or 'class'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    clean = clean.encode()[:200].decode(errors='ignore')  # no half letter at the end
+    own = clean.lower().endswith(('metadata.jsonl','readme.md'))  # what stands in the output folder itself
+    return name if name and clean==name and not own else f"{clean or 'class'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+# %% ../nbs/00_core.ipynb #a725197b
+def clean_text(text:str # any text
+              ) -> str: # one line without control characters, `<`, `>` and `|`
+    "Text that can stand in a prompt and means nothing but its words."
+    text = ''.join(' ' if c.isspace() else '' if unicodedata.category(c) in ('Cc','Cf','Cs') else c for c in unicodedata.normalize('NFC', str(text)))
+    return ' '.join(re.sub(r'[<>|]', ' ', text).split())
