@@ -271,13 +271,15 @@ def status(folder:Annotated[Path, typer.Argument(help='A folder that diffii augm
 @app.command()
 def remake(folder:Annotated[Path, typer.Argument(help='A folder that diffii augment wrote.')],
            file_name:Annotated[str, typer.Argument(help='An image of its metadata, as oak/00003.png.')],
-           to:Annotated[Path, Opt(help='Where to write it.')]=Path('remade.png'),
+           to:Annotated[Path, Opt(help='Where to write it: a new file.')]=Path('remade.png'),
+           model:Annotated[Optional[str], Opt(help="Where the run's model is now. [where it was]")]=None,
            device:DeviceOpt=None, dtype:Annotated[Optional[str], Opt(help="By default the run's.")]=None, variant:VariantOpt=None):
     "Make one synthetic image again from its line of metadata."
     from diffii.core import read_json, require, save_png
     from diffii.pipeline import load_pipeline
     from diffii.synthesis import remake as again, STATE
     run = folder/STATE/'run.json'; require(run.is_file(), f'{folder}: not a folder that diffii augment wrote'); run = read_json(run)
-    pipe = load_pipeline(run['model'], device, dtype or run.get('dtype','float32'), variant, run['size'], run['batch_size'])
+    require(not to.exists(), f'--to {to}: is there already; give another name, or remove it')
+    pipe = load_pipeline(model or run['model'], device, dtype or run.get('dtype','float32'), variant, run['size'], run['batch_size'])
     save_png(to, again(pipe, folder, file_name))
     print(to)

@@ -191,7 +191,7 @@ def _read_table(table): # -> (names of the columns, [(line, row as a dict)])
             reader = csv.DictReader(f, strict=True)
             try: rows = [(reader.line_num, r) for r in reader]
             except csv.Error as e:
-                raise UserError(f'{table}, line {reader.line_num+1}: not valid CSV ({e}); quotation marks stand around a whole field, and in pairs inside') from e
+                raise UserError(f'{table}, line {reader.line_num+1}: not valid CSV ({e}); put quotation marks around whole fields, in pairs inside') from e
     except UnicodeDecodeError as e: raise UserError(f'{table}: not UTF-8 ({e.reason}); save it as "CSV UTF-8"') from e
     require(rows, f'{table}: no rows')
     for n,r in rows:
@@ -207,8 +207,8 @@ def image_table(table,                 # CSV file with a header
                 metaclass:str='object',
                 skip_bad:bool=False    # leave rows whose image cannot be read out, with a warning, rather than stop
                ) -> ImageSet:
-    """An image set from a CSV table. Raises `UserError`, with the line, for a missing column, field or category, an image listed in two categories, and unless
-    `skip_bad` for an image that cannot be read."""
+    """An image set from a CSV table. Raises `UserError`, with the line, for a missing column or field, an image listed in two categories,
+    and unless `skip_bad` for an image that cannot be read."""
     table = Path(table); folder = Path(folder or table.parent)
     require(table.is_file(), f'{table}: no such file')
     names,rows = _read_table(table); columns = [c for c in (image,label,group) if c]; seen = {}

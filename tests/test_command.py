@@ -39,6 +39,8 @@ def test_augment_a_users_folder(cli, garden, tmp_path):
     assert not any(p.suffix=='.tmp' for p in out.rglob('*'))
     cli('remake', out, rows[5]['file_name'], '--to', tmp_path/'again.png')
     assert (np.asarray(Image.open(tmp_path/'again.png'))==np.asarray(Image.open(out/rows[5]['file_name']))).all()
+    again = (tmp_path/'again.png').read_bytes(); r = cli('remake', out, rows[6]['file_name'], '--to', tmp_path/'again.png', ok=False)
+    assert 'again.png: is there already' in r.stderr and len(r.stderr.strip().splitlines())==1 and (tmp_path/'again.png').read_bytes()==again
     assert '12 synthetic images' in cli('augment', garden, '--metaclass', 'flower', '--out', out, *QUICK).stdout  # the same again: nothing to do
 
 def test_another_method_is_watched_and_made_again(cli, garden, tmp_path):
@@ -241,3 +243,9 @@ def test_a_name_in_another_encoding_is_one_line(cli, garden, tmp_path):
     for more in ((), ('--skip-bad',)):
         r = cli('augment', garden, '--metaclass', 'flower', '--out', out, *more, ok=False)
         assert r.returncode==2 and len(r.stderr.strip().splitlines())==1 and r"'\udc9cillet.jpg'" in r.stderr and 'rename' in r.stderr and not out.exists()
+
+def test_remake_finds_a_model_that_moved(cli, garden, tmp_path):
+    import diffii, shutil; shutil.copytree(Path(diffii.__file__).parent/'tiny', tmp_path/'before'); out = tmp_path/'out'
+    cli('augment', garden, '--metaclass', 'flower', '--out', out, '--model', tmp_path/'before', *QUICK); (tmp_path/'before').rename(tmp_path/'after'); name = 'lonely/00001.png'
+    r = cli('remake', out, name, '--to', tmp_path/'a.png', ok=False); assert str(tmp_path/'before') in r.stderr and len(r.stderr.strip().splitlines())==1
+    cli('remake', out, name, '--to', tmp_path/'a.png', '--model', tmp_path/'after'); assert (np.asarray(Image.open(tmp_path/'a.png'))==np.asarray(Image.open(out/name))).all()
