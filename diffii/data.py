@@ -191,7 +191,8 @@ def _read_table(table): # -> (names of the columns, [(line, row as a dict)])
             reader = csv.DictReader(f, strict=True)
             try: rows = [(reader.line_num, r) for r in reader]
             except csv.Error as e:
-                raise UserError(f'{table}, line {reader.line_num+1}: not valid CSV ({e}); put quotation marks around whole fields, in pairs inside') from e
+                raise UserError(f'{table}, line {reader.line_num+1}: not valid CSV ({e}); '
+                                'put quotation marks around whole fields, in pairs inside') from e
     except UnicodeDecodeError as e: raise UserError(f'{table}: not UTF-8 ({e.reason}); save it as "CSV UTF-8"') from e
     require(rows, f'{table}: no rows')
     for n,r in rows:
