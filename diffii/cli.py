@@ -149,27 +149,33 @@ def augment(images:ImagesOpt, metaclass:MetaclassOpt, out:OutOpt, model:ModelOpt
             size:SizeOpt=None, safety_checker:SafetyCheckerOpt=False, batch_size:BatchSizeOpt=64, compile:CompileOpt=False):
     "Diff-II on your own images. Settings in [brackets] are the paper's; the shipped model recommends some of its own."
     from diffii.concepts import open_concepts, check_tracker
+    from diffii.core import holds_run, tentative
     from diffii.data import few_shot, image_folder, image_table
     from diffii.demo import Steps
     from diffii.pipeline import load_pipeline
-    from diffii.suffixes import choose_suffixes, GENERAL
-    from diffii.synthesis import synthesize, SynthesisSettings, settings_for
+    from diffii.suffixes import prefix
+    from diffii.synthesis import synthesize, SynthesisSettings, settings_for, STATE
     given = dict(method=method, strengths=_numbers('--strengths', strengths), gamma=gamma, guided=_numbers('--guided', guided), solver=solver, stride=stride,
                  expansion=expansion,
                  split_ratio=split_ratio, guidance_scale=guidance, steps=steps, interpolation=interpolation, equal_norms=equal_norms)
-    settings_for(SynthesisSettings, {}, **given); check_tracker(tracker)  # wrong options are told before anything is loaded
-    real = image_table(images, None, image_column, label_column, metaclass=metaclass) if images.suffix=='.csv' else image_folder(images, metaclass, skip_bad)
-    if shots: real,_ = few_shot(real, shots, seed)
-    chosen,source = choose_suffixes(suffixes, metaclass, real, captioner, summariser, seed, fallback=GENERAL)
-    say = _say()
-    say(f"{len(real)} images of {len(real.classes)} categories ({metaclass}); {len(chosen)} suffixes: {source}")
-    if model=='tiny' and metaclass not in ('digit','bird'): say(SMALL_MODEL)
-    pipe = load_pipeline(model, device, dtype, variant, size, batch_size, safety_checker, 'inductor' if compile else None)
-    S = synthesize(pipe, real, out, chosen, seed, open_concepts(pipe, concepts, real.classes, metaclass) if concepts else None,
-                   dict(steps=concept_steps, lr=concept_lr, token_lr=token_lr, batch_size=concept_batch, n_tokens=tokens, rank=rank, init_word=init_word,
-                        balanced=balanced, flip=None if flip else False),
-                   dict(forward_steps=forward_steps, fixed_point_iters=fixed_point_iters, draws=draws, flip=flip, views=views),
-                   Steps(quiet=say is not print, log=log if say is print else None), tracker, sample_every, **given)
+    settings_for(SynthesisSettings, {}, **given); check_tracker(tracker); prefix(metaclass)  # wrong options are told before anything is loaded
+    _at_least(1, shots=shots, concept_batch=concept_batch, draws=draws, batch_size=batch_size, size=size)
+    _at_least(0, concept_steps=concept_steps, concept_lr=concept_lr, token_lr=token_lr, tokens=tokens, rank=rank, forward_steps=forward_steps,
+              fixed_point_iters=fixed_point_iters, sample_every=sample_every)
+    held = holds_run(out, f'{STATE}/run.json'); say = _say(); bars = Steps(quiet=say is not print, log=log if say is print else None)
+    real = (image_table(images, None, image_column, label_column, None, metaclass, skip_bad) if images.suffix.lower()=='.csv' else
+            image_folder(images, metaclass, skip_bad))
+    if shots is not None: real,_ = few_shot(real, shots, seed)
+    with tentative(kept := out/STATE/'suffixes.json', out/STATE/'run.json'):
+        chosen,source = _suffixes(kept, not held, suffixes, metaclass, real, captioner, summariser, seed, bars)
+        say(f"{len(real)} images of {len(real.classes)} categories ({metaclass}); {len(chosen)} suffixes: {source}")
+        if _rehearsal(model, real): say(SMALL_MODEL)
+        pipe = load_pipeline(model, device, dtype, variant, size, batch_size, safety_checker, 'inductor' if compile else None)
+        S = synthesize(pipe, real, out, chosen, seed, open_concepts(pipe, concepts, real.classes, metaclass) if concepts else None,
+                       dict(steps=concept_steps, lr=concept_lr, token_lr=token_lr, batch_size=concept_batch, n_tokens=tokens, rank=rank,
+                            init_word=init_word, balanced=balanced, flip=None if flip else False),
+                       dict(forward_steps=forward_steps, fixed_point_iters=fixed_point_iters, draws=draws, flip=flip, views=views),
+                       bars, tracker, sample_every, **given)
     say(f'{len(S)} synthetic images in {out}')
 
 # %% ../nbs/14_cli.ipynb #6e56567a
@@ -183,6 +189,24 @@ def _numbers(option, text, kind=float):
     from diffii.core import UserError
     try: return None if text is None else tuple(kind(x) for x in text.split(','))
     except ValueError as e: raise UserError(f'{option} {text}: give numbers with commas between, as 0.5,0.7') from e
+
+def _at_least(least, **given):
+    "Refuse numbers below `least`; they are named as their options."
+    from diffii.core import require
+    for k,x in given.items(): require(x is None or x>=least, f"--{k.replace('_','-')} {x}: give a number of {least} or more")
+
+# %% ../nbs/14_cli.ipynb #be2cb155
+def _suffixes(file, write, spec, metaclass, images, captioner, summariser, seed, progress): # -> (suffixes, where they come from)
+    "The suffixes of a run. What captions give may be another thing each time, so it is kept in `file`."
+    from diffii.suffixes import choose_suffixes, kept_suffixes, GENERAL
+    choose = lambda: choose_suffixes(spec, metaclass, images, captioner, summariser, seed, GENERAL, progress)
+    if spec or not captioner: return choose()
+    about = dict(captioner=captioner, summariser=summariser, metaclass=metaclass, seed=seed, images=images.digest())
+    return kept_suffixes(file, choose, about, write)
+
+def _rehearsal(model, images): # -> bool
+    "Is this the shipped model on pictures of a kind it has not seen? It has seen small digits and birds."
+    return model=='tiny' and (images.metaclass not in ('digit','bird') or any(max(images.open(i).size)>64 for i in range(min(3,len(images)))))
 
 # %% ../nbs/14_cli.ipynb #315f408d
 @app.command()
@@ -247,13 +271,15 @@ def status(folder:Annotated[Path, typer.Argument(help='A folder that diffii augm
 @app.command()
 def remake(folder:Annotated[Path, typer.Argument(help='A folder that diffii augment wrote.')],
            file_name:Annotated[str, typer.Argument(help='An image of its metadata, as oak/00003.png.')],
-           to:Annotated[Path, Opt(help='Where to write it.')]=Path('remade.png'),
+           to:Annotated[Path, Opt(help='Where to write it: a new file.')]=Path('remade.png'),
+           model:Annotated[Optional[str], Opt(help="Where the run's model is now. [where it was]")]=None,
            device:DeviceOpt=None, dtype:Annotated[Optional[str], Opt(help="By default the run's.")]=None, variant:VariantOpt=None):
     "Make one synthetic image again from its line of metadata."
     from diffii.core import read_json, require, save_png
     from diffii.pipeline import load_pipeline
     from diffii.synthesis import remake as again, STATE
     run = folder/STATE/'run.json'; require(run.is_file(), f'{folder}: not a folder that diffii augment wrote'); run = read_json(run)
-    pipe = load_pipeline(run['model'], device, dtype or run.get('dtype','float32'), variant, run['size'], run['batch_size'])
+    require(not to.exists(), f'--to {to}: is there already; give another name, or remove it')
+    pipe = load_pipeline(model or run['model'], device, dtype or run.get('dtype','float32'), variant, run['size'], run['batch_size'])
     save_png(to, again(pipe, folder, file_name))
     print(to)

@@ -75,7 +75,9 @@ class ImageSet:
         require(self.classes==other.classes, 'ImageSet: only sets of the same categories can be added')
         groups = None if self.groups is None or other.groups is None else self.groups+other.groups
         return replace(self, images=self.images+other.images, labels=self.labels+other.labels, names=self.names+other.names, groups=groups)
-    def digest(self, i:int) -> str: return digest(self.open(i))
+    def digest(self, i:int|None=None) -> str:
+        "A digest of image `i`, or of all images in their order."
+        return digest(self.open(i)) if i is not None else hashlib.sha256(''.join(map(self.digest, range(len(self)))).encode()).hexdigest()[:16]
 
 def digest(im:Image.Image) -> str:
     "A short digest of a picture: changes when its pixels change."
@@ -150,19 +152,30 @@ def _readable(path):
     try: read_image(path); return None
     except UserError as e: return e
 
+def _all_readable(paths): # -> for each path None, or what is wrong with it
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor() as pool: return list(pool.map(_readable, paths))
+
+def _told(folder, name):
+    "Names end in file names, prompts and JSON, all of them UTF-8."
+    try: name.encode()
+    except UnicodeEncodeError as e: raise UserError(f'{folder}: the name {name!r} in it is not valid UTF-8; rename it') from e
+    return name
+
 def image_folder(folder,             # folder with a sub-folder per category
                  metaclass:str='object', # the word that names all categories, as 'bird'
                  skip_bad:bool=False # leave unreadable images out, with a warning, rather than stop
                 ) -> ImageSet:       # in sorted order of class and file
     """An image set from class sub-folders. Raises `UserError` for a folder without classes, a class without readable images, and unless
     `skip_bad` for any file with an image's ending that cannot be read. Other files, and hidden ones, are passed over."""
-    from concurrent.futures import ThreadPoolExecutor
     folder = Path(folder)
     require(folder.is_dir(), f'{folder}: no such folder')
-    classes = sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith('.'))
+    classes = sorted(_told(folder, d.name) for d in folder.iterdir() if d.is_dir() and not d.name.startswith('.'))
     require(classes, f'{folder}: no sub-folders; put the images of each category into a folder of its own, as {folder}/oak/1.jpg')
     files = {c: sorted(f for f in (folder/c).iterdir() if f.suffix.lower() in EXTENSIONS and f.is_file() and not f.name.startswith('.')) for c in classes}
-    with ThreadPoolExecutor() as pool: bad = {f: e for fs in files.values() for f,e in zip(fs, pool.map(_readable, fs)) if e}
+    for c,fs in files.items():
+        for f in fs: _told(folder/c, f.name)
+    bad = {f: e for fs in files.values() for f,e in zip(fs, _all_readable(fs)) if e}
     if bad and not skip_bad: raise UserError(f'{next(iter(bad.values()))}' + (f' (and {len(bad)-1} more such files)' if len(bad)>1 else ''))
     for f in bad: warnings.warn(f'{bad[f]}: left out')
     files = {c: [f for f in fs if f not in bad] for c,fs in files.items()}
@@ -170,25 +183,46 @@ def image_folder(folder,             # folder with a sub-folder per category
     return ImageSet(tuple(f for fs in files.values() for f in fs), tuple(k for k,fs in enumerate(files.values()) for _ in fs), tuple(classes),
                     metaclass, tuple(f'{c}/{f.name}' for c,fs in files.items() for f in fs))
 
+# %% ../nbs/01_data.ipynb #623c1065
+def _read_table(table): # -> (names of the columns, [(line, row as a dict)])
+    "A CSV file with a header; a row that does not fit under it is a `UserError` with its line."
+    try:
+        with open(table, newline='', encoding='utf-8-sig') as f:  # with or without Excel's mark
+            reader = csv.DictReader(f, strict=True)
+            try: rows = [(reader.line_num, r) for r in reader]
+            except csv.Error as e:
+                raise UserError(f'{table}, line {reader.line_num+1}: not valid CSV ({e}); '
+                                'put quotation marks around whole fields, in pairs inside') from e
+    except UnicodeDecodeError as e: raise UserError(f'{table}: not UTF-8 ({e.reason}); save it as "CSV UTF-8"') from e
+    require(rows, f'{table}: no rows')
+    for n,r in rows:
+        require(None not in r, f'{table}, line {n}: more fields than the header has; put quotation marks around a field that has commas in it')
+    return reader.fieldnames, rows
+
 # %% ../nbs/01_data.ipynb #3a81576a
 def image_table(table,                 # CSV file with a header
                 folder=None,           # folder the file names are relative to; by default the table's own
                 image:str='file_name', # column of the file names
                 label:str='label',     # column of the category names
                 group:str|None=None,   # optional column of groups
-                metaclass:str='object'
+                metaclass:str='object',
+                skip_bad:bool=False    # leave rows whose image cannot be read out, with a warning, rather than stop
                ) -> ImageSet:
-    "An image set from a CSV table. Raises `UserError` for a missing column or file, with its line number."
+    """An image set from a CSV table. Raises `UserError`, with the line, for a missing column or field, an image listed in two categories,
+    and unless `skip_bad` for an image that cannot be read."""
     table = Path(table); folder = Path(folder or table.parent)
     require(table.is_file(), f'{table}: no such file')
-    try:
-        with open(table, newline='', encoding='utf-8-sig') as f: rows = list(csv.DictReader(f))  # with or without Excel's mark
-    except UnicodeDecodeError as e: raise UserError(f'{table}: not UTF-8 ({e.reason}); save it as "CSV UTF-8"') from e
-    require(rows, f'{table}: no rows')
-    for c in filter(None, (image,label,group)): require(c in rows[0], f'{table}: no column {c!r}; it has {", ".join(rows[0])}')
-    for n,r in enumerate(rows, 2):
-        for c in filter(None, (image,label,group)): require(r[c], f'{table}, line {n}: no {c}; fill it in, or remove the line')
-        if e := _readable(folder/r[image]): raise UserError(f'{table}, line {n}: {e}')
-    classes = sorted({r[label] for r in rows})
+    names,rows = _read_table(table); columns = [c for c in (image,label,group) if c]; seen = {}
+    for c in columns: require(c in names, f'{table}: no column {c!r}; it has {", ".join(names)}')
+    for n,r in rows:
+        for c in columns: require(r[c], f'{table}, line {n}: no {c}; fill it in, or remove the line')
+        first,other = seen.setdefault((folder/r[image]).resolve(), (n,r[label]))
+        require(other==r[label], f'{table}: {r[image]} is {other!r} in line {first} and {r[label]!r} in line {n}; keep one of them')
+    bad = {n: e for (n,_),e in zip(rows, _all_readable([folder/r[image] for _,r in rows])) if e}
+    for n,e in bad.items():
+        if not skip_bad: raise UserError(f'{table}, line {n}: {e}')
+        warnings.warn(f'{table}, line {n}: {e}: left out')
+    classes = sorted({r[label] for _,r in rows}); rows = [r for n,r in rows if n not in bad]
+    for c in classes: require(any(r[label]==c for r in rows), f'{table}: no readable image of {c}; add one, or remove its lines')
     return ImageSet(tuple(folder/r[image] for r in rows), tuple(classes.index(r[label]) for r in rows), tuple(classes), metaclass,
                     tuple(r[image] for r in rows), tuple(r[group] for r in rows) if group else None)

@@ -39,6 +39,8 @@ def test_augment_a_users_folder(cli, garden, tmp_path):
     assert not any(p.suffix=='.tmp' for p in out.rglob('*'))
     cli('remake', out, rows[5]['file_name'], '--to', tmp_path/'again.png')
     assert (np.asarray(Image.open(tmp_path/'again.png'))==np.asarray(Image.open(out/rows[5]['file_name']))).all()
+    again = (tmp_path/'again.png').read_bytes(); r = cli('remake', out, rows[6]['file_name'], '--to', tmp_path/'again.png', ok=False)
+    assert 'again.png: is there already' in r.stderr and len(r.stderr.strip().splitlines())==1 and (tmp_path/'again.png').read_bytes()==again
     assert '12 synthetic images' in cli('augment', garden, '--metaclass', 'flower', '--out', out, *QUICK).stdout  # the same again: nothing to do
 
 def test_another_method_is_watched_and_made_again(cli, garden, tmp_path):
@@ -181,3 +183,69 @@ def test_a_killed_run_goes_on_and_ends_the_same(garden, tmp_path):
     subprocess.run(augment_small(garden, broken), check=True, capture_output=True, env=env)
     assert files_of(whole)==files_of(broken) and len(files_of(whole))==37
     assert not list(broken.rglob('*.tmp'))  # what a killed run left half-written is swept away
+
+@pytest.fixture
+def moody(monkeypatch):
+    "A language model that gives another answer each time; `asked` holds its answers."
+    import threading; from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers['Content-Length'])); self.server.asked.append(f'in mood {len(self.server.asked)}.')
+            data = json.dumps(dict(choices=[dict(message=dict(content=f'- {self.server.asked[-1]}\n- in the snow.'))])).encode()
+            self.send_response(200); self.send_header('Content-Length', str(len(data))); self.end_headers(); self.wfile.write(data)
+        def log_message(self, *args): pass
+    server = ThreadingHTTPServer(('127.0.0.1',0), Handler); server.asked = []; threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv('OPENAI_BASE_URL', f'http://127.0.0.1:{server.server_port}/v1'); monkeypatch.delenv('OPENAI_API_KEY', raising=False)
+    yield server
+    server.shutdown(); server.server_close()
+
+CAPTIONED = ('--metaclass', 'bird', '--captioner', 'measure', '--summariser', 'openai:m')
+
+def test_suffixes_are_chosen_once(cli, garden, tmp_path, moody):
+    out = tmp_path/'out'; kept = out/'.diffii'/'suffixes.json'; common = ('augment', garden, *CAPTIONED, *QUICK)
+    r = cli(*common, '--out', out, '--model', 'nobody/nothing', ok=False); assert 'nobody/nothing' in r.stderr and not out.exists() and len(moody.asked)==1
+    r = cli(*common, '--out', out); assert '12 synthetic images' in r.stdout and 'captions' in r.stderr and len(moody.asked)==2  # captioning has a bar
+    said = json.loads(kept.read_text(encoding='utf-8')); assert said['suffixes']==json.loads((out/'.diffii/run.json').read_text(encoding='utf-8'))['suffixes']==['in mood 1.','in the snow.']
+    (out/'lonely'/'00001.png').unlink(); assert '12 synthetic images' in cli(*common, '--out', out).stdout and len(moody.asked)==2
+    before = {p: p.read_bytes() for p in out.rglob('*') if p.is_file()}
+    r = cli(*common, '--out', out, '--seed', 1, ok=False); assert 'seed: 0 then, 1 now' in r.stderr and before=={p: p.read_bytes() for p in out.rglob('*') if p.is_file()}
+    (tmp_path/'used').mkdir(); (tmp_path/'used'/'thesis.tex').touch(); n = len(moody.asked)
+    assert 'thesis.tex' in cli(*common, '--out', tmp_path/'used', ok=False).stderr and len(moody.asked)==n and [p.name for p in (tmp_path/'used').iterdir()]==['thesis.tex']
+
+def test_a_missing_key_is_told_before_captioning(cli, garden, tmp_path, monkeypatch):
+    monkeypatch.delenv('OPENAI_BASE_URL', raising=False); monkeypatch.delenv('OPENAI_API_KEY', raising=False)
+    r = cli('augment', garden, *CAPTIONED, '--out', tmp_path/'out', ok=False); assert len(r.stderr.strip().splitlines())==1 and 'OPENAI_API_KEY: not set' in r.stderr and not (tmp_path/'out').exists()
+
+def test_processes_ask_once(garden, tmp_path, moody):
+    "Two processes: one asks, and both make images of one plan; what it cannot do is told and leaves nothing."
+    env = {k: v for k,v in os.environ.items() if k!='PYTHONHASHSEED'} | {'HF_HUB_OFFLINE':'1', 'OMP_NUM_THREADS':'1'}
+    start = [sys.executable,'-m','torch.distributed.run','--standalone','--nproc_per_node','2','-m','diffii','augment',str(garden),*CAPTIONED,*map(str,QUICK),'--concept-batch','2']
+    r = subprocess.run([*start,'--out',str(tmp_path/'out')], capture_output=True, text=True, timeout=600, env=env); assert r.returncode==0, r.stderr[-3000:]
+    assert r.stdout.count('12 synthetic images')==1 and len(moody.asked)==1 and json.loads((tmp_path/'out/.diffii/run.json').read_text(encoding='utf-8'))['suffixes'][0]=='in mood 0.'
+    r = subprocess.run([*start,'--out',str(tmp_path/'x')], capture_output=True, text=True, timeout=600, env={k: v for k,v in env.items() if k!='OPENAI_BASE_URL'})
+    assert r.returncode and 'OPENAI_API_KEY: not set' in r.stderr and not (tmp_path/'x').exists()
+
+def test_large_birds_are_a_rehearsal_too(cli, tmp_path):
+    (tmp_path/'birds'/'robin').mkdir(parents=True)
+    for i in range(2): photo(i, (120,90)).save(tmp_path/'birds'/'robin'/f'{i}.jpg')
+    r = cli('augment', tmp_path/'birds', '--metaclass', 'bird', '--out', tmp_path/'out', *QUICK); assert 'rehearsal' in r.stdout and '4 synthetic images' in r.stdout
+
+def test_a_table_goes_on_without_bad_rows(cli, garden, tmp_path):
+    (garden/'lonely'/'cut.png').write_bytes(b'\x89PNG'); files = [p for p in sorted(garden.glob('*/*.*')) if p.name[0]!='.']
+    (tmp_path/'T.CSV').write_text('file_name,label\n'+''.join(f'{p},"{p.parent.name}"\n' for p in files), encoding='utf-8')
+    common = ('augment', tmp_path/'T.CSV', '--metaclass', 'flower', '--out', tmp_path/'o', *QUICK)
+    r = cli(*common, ok=False); assert 'cut.png' in r.stderr and '--skip-bad' in r.stderr and len(r.stderr.strip().splitlines())==1
+    r = cli(*common, '--skip-bad'); assert 'cut.png' in r.stderr and '12 synthetic images' in r.stdout
+
+@pytest.mark.skipif(sys.platform!='linux', reason='names are bytes on Linux alone')
+def test_a_name_in_another_encoding_is_one_line(cli, garden, tmp_path):
+    photo(1).save(os.fsdecode(os.fsencode(garden/'lonely')+b'/\x9cillet.jpg')); out = tmp_path/'out'
+    for more in ((), ('--skip-bad',)):
+        r = cli('augment', garden, '--metaclass', 'flower', '--out', out, *more, ok=False)
+        assert r.returncode==2 and len(r.stderr.strip().splitlines())==1 and r"'\udc9cillet.jpg'" in r.stderr and 'rename' in r.stderr and not out.exists()
+
+def test_remake_finds_a_model_that_moved(cli, garden, tmp_path):
+    import diffii, shutil; shutil.copytree(Path(diffii.__file__).parent/'tiny', tmp_path/'before'); out = tmp_path/'out'
+    cli('augment', garden, '--metaclass', 'flower', '--out', out, '--model', tmp_path/'before', *QUICK); (tmp_path/'before').rename(tmp_path/'after'); name = 'lonely/00001.png'
+    r = cli('remake', out, name, '--to', tmp_path/'a.png', ok=False); assert str(tmp_path/'before') in r.stderr and len(r.stderr.strip().splitlines())==1
+    cli('remake', out, name, '--to', tmp_path/'a.png', '--model', tmp_path/'after'); assert (np.asarray(Image.open(tmp_path/'a.png'))==np.asarray(Image.open(out/name))).all()
