@@ -525,7 +525,8 @@ def benchmark(task:str='few-shot',     # one of `TASKS`
     missing = lambda: [(s,r,t) for s in settings for t in range(trials) for r in s.rows if not b.cell(s,r,t).is_file()]
     if task=='strength' or missing(): check(b, settings)
     claim(b.out, about_run(b.pipe, model, task, dataset, arch, size, training, metaclass, seed, quick, tuning=tuning, concepts=concepts,
-                           root=root, test=test, clip=clip, dtype=dtype, suffixes=w.suffixes if suffixes else None, flip=flip, batch_size=batch_size), 'experiment.json')
+                           root=root, test=test, clip=clip, dtype=dtype, suffixes=w.suffixes if suffixes else None, flip=flip,
+                           batch_size=batch_size), 'experiment.json')
     if task=='strength':
         for s in settings: save_png(b.out/f'{folder_name(s.name)}.png', strength_strips(b, s))
     else:

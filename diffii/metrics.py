@@ -188,7 +188,8 @@ def features(net, # what `train_classifier` returned, or its learner; a name tha
     import torch
     if hasattr(net,'learner') or hasattr(net,'views'): return _into_head(getattr(net,'learner',net).model, lambda: evaluate(net, s, batch_size))
     if not isinstance(net, (str,torch.nn.Module)): return np.asarray(net(s), dtype='float32').reshape(len(s),-1)
-    model,stats = build_model(net, 2, size, pretrained=True) if isinstance(net,str) else (net,None); device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    model,stats = build_model(net, 2, size, pretrained=True) if isinstance(net,str) else (net,None)
+    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     def batches():
         for i in range(0, len(s), batch_size):
             x = torch.from_numpy(np.stack([square(s.open(j), size) for j in range(i, min(len(s),i+batch_size))])).to(device).float()/255
