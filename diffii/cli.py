@@ -213,39 +213,43 @@ def _rehearsal(model, images): # -> bool
 def benchmark(task:Annotated[str, typer.Argument(help='few-shot, long-tail, ood, ablation, split, expansion, guidance, forward, fast or strength.')],
               dataset:Annotated[str, Opt(help="digits, aviary, one of the paper's data sets, as cub (with --root), or a folder of class sub-folders.")]='digits',
               out:Annotated[Optional[Path], Opt(help='Output folder; finished cells are kept, and the same command goes on. [diffii-benchmark/TASK-DATASET]')]=None,
-              shots:Annotated[str, Opt(help='Real images per category, as 5 or 5,10.')]='5',
-              imbalance:Annotated[str, Opt(help='Of the long tail: how steeply the sizes of categories fall.')]='100,20,10',
+              shots:Annotated[Optional[str], Opt(help='Real images per category, as 5 or 5,10. [5]')]=None,
+              imbalance:Annotated[Optional[str], Opt(help='Of the long tail: how steeply the sizes of categories fall. [100,20,10]')]=None,
               methods:Annotated[Optional[str], Opt(help="Rows, as original,diff-mix,diff-ii. [the paper's]")]=None,
               values:Annotated[Optional[str], Opt(help='Of sweeps: the values, as 0,0.3,1.')]=None,
               trials:Annotated[int, Opt(help='Independent repetitions of everything.')]=3,
-              arch:Annotated[str, Opt(help='small, or a network of timm or torchvision, as torchvision/resnet50.')]='small',
+              preset:Annotated[Optional[str], Opt(help="The paper's settings of the classifier for its data sets: resnet50, vit_b_16, or resnet50-lt for long "
+                                                       'tails. Options that are given go first.')]=None,
+              arch:Annotated[Optional[str], Opt(help='small, or a network of timm or torchvision, as torchvision/resnet50. [small]')]=None,
               size:Annotated[Optional[int], Opt(help='Side of what the classifier sees. [32 for digits and aviary, 224 for others]')]=None,
               epochs:Annotated[Optional[float], Opt(help='Passes of the classifier through the real images, instead of steps.')]=None,
               steps:Annotated[Optional[int], Opt(help='Steps of the classifier. [400]')]=None,
               lr:Annotated[Optional[float], Opt(help='Learning rate of the classifier.')]=None,
               pretrained:Annotated[bool, Opt('--pretrained', help='Start the classifier from published weights.')]=False,
+              suffixes:SuffixesOpt=None, flip:FlipOpt=True,
               concept_batch:Annotated[Optional[int], Opt(help='As for augment.')]=None,
               model:Annotated[str, Opt(help='As for augment.')]='tiny',
               root:Annotated[Optional[Path], Opt(help="Folder that holds the paper's data sets.")]=None,
               test:Annotated[Optional[Path], Opt(help='Folder of test images of a folder data set. [what the draw leaves over]')]=None,
               metaclass:Annotated[str, Opt(help='The word for all categories of a folder data set.')]='object',
-              clip:Annotated[Optional[str], Opt(help='open_clip model for faithfulness where there is no judge, as ViT-B-32:openai.')]=None,
+              clip:Annotated[Optional[str], Opt(help='open_clip model and tag, or file of weights, for the CLIP score, as ViT-B-32:openai.')]=None,
               seed:SeedOpt=0,
-              device:DeviceOpt=None, dtype:DtypeOpt='float32',
+              device:DeviceOpt=None, dtype:DtypeOpt='float32', variant:VariantOpt=None, batch_size:BatchSizeOpt=64,
               log:LogOpt=None,
               tuning:Annotated[bool, Opt('--tuning', help='On the images that settings are chosen on, of digits or aviary.')]=False,
               quick:Annotated[bool, Opt('--quick', help='A short form that only shows that everything runs.')]=False):
     "An experiment of the paper: a table with the spread over trials, as CSV, JSON and a plot."
     from diffii.demo import Steps
-    from diffii.experiments import benchmark as run, verdicts, read_cells
+    from diffii.experiments import benchmark as run, table_text, how_judged, verdicts, read_cells
     say = _say(); out = out or Path('diffii-benchmark')/f'{task}-{Path(dataset).name}'
     training = {k:v for k,v in dict(epochs=epochs, steps=steps, lr=lr, pretrained=pretrained or None).items() if v is not None}
     t = run(task, dataset, out, _numbers('--shots',shots,int), _numbers('--imbalance',imbalance), methods and tuple(methods.split(',')),
             _numbers('--values',values), trials, arch, size, training, concept_batch and dict(batch_size=concept_batch), model, root, test,
-            metaclass, clip and tuple(clip.rsplit(':',1)), seed, device, dtype, tuning, quick, Steps(quiet=say is not print, log=log if say is print else None))
+            metaclass, clip, seed, device, dtype, tuning, quick, Steps(quiet=say is not print, log=log if say is print else None),
+            preset=preset, suffixes=suffixes, flip=flip, variant=variant, batch_size=batch_size)
     if t is None or not len(t): say(f'see {out}'); return
-    say(t.round(2).to_string(index=False, na_rep=''))
-    for line in verdicts(read_cells(out)): say(line)
+    cells = read_cells(out); say(table_text(t))
+    for line in (*how_judged(cells), *verdicts(cells, model=model)): say(line)
     say(f'see {out}/table.csv, table.json and plot.png')
 
 # %% ../nbs/14_cli.ipynb #bea4393c

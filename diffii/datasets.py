@@ -27,30 +27,35 @@ class PaperDataset:
     gone: bool = False # whether its page and archive no longer exist
     few_shot: str = '' # its word in the names of the published few-shot suffixes
     long_tail: str = '' # its word in the names of the published long-tail suffixes
+    preset: str = ''   # its word in the published settings of the classifier; long-tailed, it is `long_tail`
     @property
     def suffixes(self):
         "Names of the suffix lists that the paper published for it."
         return tuple([f'{n}-shot {self.few_shot}' for n in (5,10) if self.few_shot] + [f'{self.long_tail}/IF={n}' for n in (100,20,10) if self.long_tail])
+    def suffix_lists(self, shots=None, imbalance=None): # of a few-shot or a long-tailed set; -> names
+        "The published list for such a set, or where there is none all of the data set's lists."
+        name = f'{shots}-shot {self.few_shot}' if imbalance is None else f'{self.long_tail}/IF={imbalance:g}'
+        return (name,) if name in self.suffixes else self.suffixes
 
 # %% ../nbs/01a_datasets.ipynb #03fff5bc
 _VGG = 'https://www.robots.ox.ac.uk/~vgg/data'
 DATASETS = dict(
     cub=PaperDataset('CUB-200-2011', 'bird', 200, dict(train=5994, test=5794), 'CUB_200_2011',
         'images, images.txt, image_class_labels.txt, train_test_split.txt and classes.txt', 'https://www.vision.caltech.edu/datasets/cub_200_2011/',
-        url='https://s3.amazonaws.com/fast-ai-imageclas/CUB_200_2011.tgz', few_shot='CUB', long_tail='CUB-LT'),
+        url='https://s3.amazonaws.com/fast-ai-imageclas/CUB_200_2011.tgz', few_shot='CUB', long_tail='CUB-LT', preset='CUB'),
     aircraft=PaperDataset('FGVC-Aircraft', 'aircraft', 100, dict(train=3334, val=3333, trainval=6667, test=3333), 'fgvc-aircraft-2013b',
         'data/images, data/variants.txt and data/images_variant_train.txt, ..._val.txt, ..._trainval.txt, ..._test.txt', f'{_VGG}/fgvc-aircraft/',
-        few_shot='Aircraft'),
+        few_shot='Aircraft', preset='FGVC-Aircraft'),
     car=PaperDataset('Stanford Cars', 'car', 196, dict(train=8144, test=8041), 'stanford_cars',
         'the pictures in cars_train and cars_test, devkit/cars_train_annos.mat, devkit/cars_meta.mat and cars_test_annos_withlabels.mat',
-        'https://ai.stanford.edu/~jkrause/cars/car_dataset.html', gone=True, few_shot='Car'),
+        'https://ai.stanford.edu/~jkrause/cars/car_dataset.html', gone=True, few_shot='Car', preset='Stanford-Cars'),
     pet=PaperDataset('Oxford-IIIT Pet', 'animal', 37, dict(train=3680, test=3669), 'oxford-iiit-pet',
-        'images, annotations/trainval.txt and annotations/test.txt', f'{_VGG}/pets/', few_shot='Pet'),
+        'images, annotations/trainval.txt and annotations/test.txt', f'{_VGG}/pets/', few_shot='Pet', preset='Oxford-Pet'),
     flower=PaperDataset('Flowers-102', 'flower', 102, dict(train=1020, val=1020, test=6149), 'flowers-102',
-        'jpg, imagelabels.mat and setid.mat', f'{_VGG}/flowers/102/', long_tail='Flower-LT'),
+        'jpg, imagelabels.mat and setid.mat', f'{_VGG}/flowers/102/', long_tail='Flower-LT', preset='Flower'),
     waterbirds=PaperDataset('Waterbirds', 'bird', 200, dict(train=4795, val=1199, test=5794), 'waterbird_complete95_forest2water2',
         'metadata.csv and a folder for each species', 'https://github.com/kohpangwei/group_DRO',
-        url='https://nlp.stanford.edu/data/dro/waterbird_complete95_forest2water2.tar.gz', few_shot='CUB'))
+        url='https://nlp.stanford.edu/data/dro/waterbird_complete95_forest2water2.tar.gz', few_shot='CUB', preset='CUB'))
 
 # %% ../nbs/01a_datasets.ipynb #bf54b193
 def _numbered(path): # text file of `number value` lines -> {number: value}

@@ -7,13 +7,13 @@ __all__ = ['Spread', 'spread', 'format_spread', 'ArrayUnpickler', 'read_arrays',
            'lpips_diversity', 'faithfulness', 'clip_model', 'clip_score', 'features', 'precision_recall', 'fid']
 
 # %% ../nbs/11_metrics.ipynb #37786a74
-import pickle, warnings
+import logging, pickle, warnings
 from collections import namedtuple
 from importlib.util import find_spec
 from pathlib import Path
 import numpy as np
 from .core import UserError, require
-from .classifier import evaluate, head_of, square
+from .classifier import build_model, evaluate, head_of, square
 
 # %% ../nbs/11_metrics.ipynb #e7dd9ad5
 Spread = namedtuple('Spread', 'mean sd ci95')
@@ -144,10 +144,12 @@ def clip_model(model='ViT-B-32', pretrained='openai', weights_file=None, device=
     import open_clip, torch
     require(weights_file is None or Path(weights_file).is_file(), f'{weights_file}: no such file; give the weights of open_clip\'s {model}')
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    said = logging.root.manager.disable; logging.disable(max(said,logging.ERROR))  # what fails is told once, below
     try: m,_,prep = open_clip.create_model_and_transforms(model, pretrained=str(weights_file or pretrained), device=device)
     except Exception as e: # hub, network, file format, unknown name
         why = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise UserError(f'CLIP {model} ({weights_file or pretrained}): cannot be loaded ({why[:200]}); connect to the internet once, or give weights_file') from e
+    finally: logging.disable(said)
     return m.eval().requires_grad_(False), prep, open_clip.get_tokenizer(model)
 
 def clip_score(images,            # a set, or RGB Pillow images
@@ -169,15 +171,35 @@ def clip_score(images,            # a set, or RGB Pillow images
     return 100*float(torch.cat(out).mean())
 
 # %% ../nbs/11_metrics.ipynb #981312fe
-def features(judge, # what `train_classifier` returned, or its learner
-             s      # an image set
-            ) -> np.ndarray: # (n, d)
-    "What the classifier's head sees of each image."
-    learn = getattr(judge,'learner',judge); seen = []
-    hook = head_of(learn.model)[0].register_forward_pre_hook(lambda _,x: seen.append(x[0].detach().flatten(1).float().cpu().numpy()))
-    try: evaluate(judge, s)
+def _into_head(model, run) -> np.ndarray: # (n, d)
+    "What goes into a network's head while `run()` uses it."
+    seen = []
+    hook = head_of(model)[0].register_forward_pre_hook(lambda _,x: seen.append(x[0].detach().flatten(1).float().cpu().numpy()))
+    try: run()
     finally: hook.remove()
     return np.concatenate(seen)
+
+def features(net, # what `train_classifier` returned, or its learner; a name that `build_model` knows; a torch module; or a function of an image set
+             s,   # an image set
+             size:int=224, # side of the images that a named network or a module sees; a module gets them as (n, 3, size, size), 0 to 1
+             batch_size:int=64, device=None
+            ) -> np.ndarray: # (n, d)
+    "Features of each image: what a classifier's or a named network's head sees, or what a module or a function returns."
+    import torch
+    if hasattr(net,'learner') or hasattr(net,'views'): return _into_head(getattr(net,'learner',net).model, lambda: evaluate(net, s, batch_size))
+    if not isinstance(net, (str,torch.nn.Module)): return np.asarray(net(s), dtype='float32').reshape(len(s),-1)
+    model,stats = build_model(net, 2, size, pretrained=True) if isinstance(net,str) else (net,None)
+    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    def batches():
+        for i in range(0, len(s), batch_size):
+            x = torch.from_numpy(np.stack([square(s.open(j), size) for j in range(i, min(len(s),i+batch_size))])).to(device).float()/255
+            yield x if stats is None else (x-x.new_tensor(stats['mean'])[:,None,None])/x.new_tensor(stats['std'])[:,None,None]
+    was,model = model.training, model.to(device).eval()
+    try:
+        with torch.no_grad():
+            if stats: return _into_head(model, lambda: [model(x) for x in batches()])
+            return np.concatenate([model(x).flatten(1).float().cpu().numpy() for x in batches()])
+    finally: model.train(was)
 
 # %% ../nbs/11_metrics.ipynb #1ba19673
 def _reach(x, k): # distance of each point to its k-th neighbour
@@ -198,23 +220,29 @@ def precision_recall(real,     # (n, d) features of real images
                 coverage=float(inside.any(1).mean()))
 
 # %% ../nbs/11_metrics.ipynb #b45017c9
-def fid(real,      # (n, d) features, or an image set
-        synthetic, # (m, d) features, or an image set
-        batch_size:int=64
-       ) -> float:
-    "Fréchet distance of two clouds of features; of two image sets with Inception's features (FID)."
+def _frechet_metric(width=None): # width: of given features; None for Inception's own
     import torch
     try: from torchmetrics.image.fid import FrechetInceptionDistance
     except ImportError: raise UserError('FID needs torchmetrics; run: pip install "torchmetrics[image]"') from None
-    sets = hasattr(real,'open')
+    if width:
+        net = torch.nn.Identity(); net.num_features = width
+        return FrechetInceptionDistance(feature=net).set_dtype(torch.float64)
+    try: return FrechetInceptionDistance()
+    except Exception as e:
+        raise UserError(f'FID: Inception cannot be loaded ({str(e).strip().splitlines()[0][:200]}); name another network, as fid(..., net=\'resnet50\'), or '
+                        'give features') from e
+
+def fid(real,      # (n, d) features, or an image set
+        synthetic, # (m, d) features, or an image set
+        net=None,  # of image sets: what `features` takes; by default torchmetrics' Inception
+        batch_size:int=64, size:int=224, device=None # see `features`
+       ) -> float:
+    "Fréchet distance of two clouds of features; of two image sets with Inception's features it is the FID."
+    import torch
     require(min(len(real),len(synthetic)) > 1, f'FID: {len(real)} real and {len(synthetic)} synthetic images; give two or more of each')
-    if not sets:
-        net = torch.nn.Identity(); net.num_features = np.asarray(real).shape[1]
-        metric = FrechetInceptionDistance(feature=net).set_dtype(torch.float64)
-    else:
-        try: metric = FrechetInceptionDistance()
-        except Exception as e:
-            raise UserError(f'FID: Inception cannot be loaded ({str(e).strip().splitlines()[0][:200]}); give features of another network') from e
+    sets = hasattr(real,'open')
+    if sets and net is not None: return fid(*(features(net, s, size, batch_size, device) for s in (real,synthetic)), batch_size=batch_size)
+    metric = _frechet_metric(None if sets else np.asarray(real).shape[1])
     for x,is_real in ((real,True),(synthetic,False)):
         for i in range(0, len(x), batch_size):
             j = range(i, min(len(x),i+batch_size))
