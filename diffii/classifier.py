@@ -7,7 +7,7 @@ __all__ = ['IMAGENET', 'HALF', 'LONG_TAIL', 'PRESETS', 'square', 'Pixels', 'one_
            'head_of', 'body_and_head', 'load_body', 'build_model', 'Scores', 'score', 'group_accuracy', 'Labelled',
            'Views', 'lr_schedule', 'valid_accuracy', 'sgd', 'make_learner', 'together', 'cut_box', 'paste',
            'Foregrounds', 'idle_batches', 'CMO', 'class_balanced_weights', 'weighted_loss', 'DRW',
-           'long_tail_callbacks', 'Result', 'train_classifier', 'evaluate', 'preset']
+           'long_tail_callbacks', 'Result', 'train_classifier', 'check_training', 'evaluate', 'preset']
 
 # %% ../nbs/10_classifier.ipynb #08f69901
 import contextlib, math, time
@@ -507,7 +507,7 @@ def train_classifier(train,                        # real images: an `ImageSet`
     settings = {k: v for k,v in locals().items() if k not in ('train','test','synthetic','valid','class_weights','progress','cbs')}
     import torch
     from accelerate.utils import broadcast_object_list
-    ps = processes(); _check(train, replacement_probability, steps, epochs, batch_size)
+    ps = processes(); check_training(train, replacement_probability, steps, epochs, batch_size)
     require(test is None or tuple(test.classes)==tuple(train.classes), 'test set: its categories differ from those of the training set')
     extra = long_tail_callbacks(long_tail_method, seed)
     steps = steps if epochs is None else -(-int(epochs*len(train))//batch_size) or 1
@@ -527,7 +527,8 @@ def train_classifier(train,                        # real images: an `ImageSet`
     return Result(**vars(scores), seconds=seconds, learner=learn, settings=settings)
 
 # %% ../nbs/10_classifier.ipynb #c166d63e
-def _check(train, p, steps, epochs, batch_size):
+def check_training(train, p, steps, epochs, batch_size):
+    "Raise `UserError` for a budget or a probability that cannot be."
     require(len(train), 'training set: no images')
     require(0 <= p <= 1, f'replacement probability {p}: give a number from 0 to 1')
     require(steps >= 1 and batch_size >= 2 and (epochs is None or epochs > 0),

@@ -8,9 +8,9 @@ __all__ = ['app', 'Opt', 'SMALL_MODEL', 'ImagesOpt', 'MetaclassOpt', 'OutOpt', '
            'SafetyCheckerOpt', 'BatchSizeOpt', 'CompileOpt', 'SuffixesOpt', 'CaptionerOpt', 'SummariserOpt',
            'MethodOpt', 'ExpansionOpt', 'SplitRatioOpt', 'GuidanceOpt', 'StepsOpt', 'InterpolationOpt', 'StrengthsOpt',
            'GammaOpt', 'GuidedOpt', 'SolverOpt', 'StrideOpt', 'EqualNormsOpt', 'ConceptsOpt', 'ConceptStepsOpt',
-           'ConceptLrOpt', 'TokenLrOpt', 'ConceptBatchOpt', 'TokensOpt', 'RankOpt', 'InitWordOpt', 'BalancedOpt',
-           'TrackerOpt', 'SampleEveryOpt', 'ForwardStepsOpt', 'FixedPointItersOpt', 'DrawsOpt', 'FlipOpt', 'ViewsOpt',
-           'top', 'main', 'demo', 'augment', 'benchmark', 'speed', 'status', 'remake']
+           'ConceptLrOpt', 'TokenLrOpt', 'LrScheduleOpt', 'ConceptBatchOpt', 'TokensOpt', 'RankOpt', 'InitWordOpt',
+           'BalancedOpt', 'TrackerOpt', 'SampleEveryOpt', 'ForwardStepsOpt', 'FixedPointItersOpt', 'DrawsOpt',
+           'FlipOpt', 'ViewsOpt', 'top', 'main', 'demo', 'augment', 'benchmark', 'speed', 'status', 'remake']
 
 # %% ../nbs/14_cli.ipynb #34c1c6f9
 import sys, warnings
@@ -120,6 +120,7 @@ ConceptsOpt = Annotated[Optional[Path], Opt(help="Concepts learned before: a run
 ConceptStepsOpt = Annotated[Optional[int], Opt(help='Steps of concept learning. [35000]')]
 ConceptLrOpt = Annotated[Optional[float], Opt(help='Learning rate of the LoRA. [5e-5]')]
 TokenLrOpt = Annotated[Optional[float], Opt(help='Learning rate of the tokens. [5e-5]')]
+LrScheduleOpt = Annotated[Optional[str], Opt(help='Of both rates: constant, or linear or cosine down to zero. [constant]')]
 ConceptBatchOpt = Annotated[Optional[int], Opt(help='Images per step of concept learning. [2]')]
 TokensOpt = Annotated[Optional[int], Opt(help='Learned tokens per category. [1]')]
 RankOpt = Annotated[Optional[int], Opt(help='Rank of the LoRA; 0 for none. [10]')]
@@ -141,27 +142,29 @@ def augment(images:ImagesOpt, metaclass:MetaclassOpt, out:OutOpt, model:ModelOpt
             split_ratio:SplitRatioOpt=None, guidance:GuidanceOpt=None, steps:StepsOpt=None, interpolation:InterpolationOpt=None,
             strengths:StrengthsOpt=None, gamma:GammaOpt=None, guided:GuidedOpt=None, solver:SolverOpt=None, stride:StrideOpt=None,
             equal_norms:EqualNormsOpt=None, concepts:ConceptsOpt=None, concept_steps:ConceptStepsOpt=None, concept_lr:ConceptLrOpt=None,
-            token_lr:TokenLrOpt=None, concept_batch:ConceptBatchOpt=None, tokens:TokensOpt=None, rank:RankOpt=None, init_word:InitWordOpt=None,
-            balanced:BalancedOpt=None, forward_steps:ForwardStepsOpt=None, fixed_point_iters:FixedPointItersOpt=None, draws:DrawsOpt=None,
+            token_lr:TokenLrOpt=None, lr_schedule:LrScheduleOpt=None, concept_batch:ConceptBatchOpt=None, tokens:TokensOpt=None,
+            rank:RankOpt=None, init_word:InitWordOpt=None, balanced:BalancedOpt=None, forward_steps:ForwardStepsOpt=None,
+            fixed_point_iters:FixedPointItersOpt=None, draws:DrawsOpt=None,
             flip:FlipOpt=True, views:ViewsOpt=True, tracker:TrackerOpt=None, sample_every:SampleEveryOpt=500,
             image_column:ImageColumnOpt='file_name', label_column:LabelColumnOpt='label', log:LogOpt=None,
             skip_bad:SkipBadOpt=False, seed:SeedOpt=0, device:DeviceOpt=None, dtype:DtypeOpt='float32', variant:VariantOpt=None,
             size:SizeOpt=None, safety_checker:SafetyCheckerOpt=False, batch_size:BatchSizeOpt=64, compile:CompileOpt=False):
     "Diff-II on your own images. Settings in [brackets] are the paper's; the shipped model recommends some of its own."
-    from diffii.concepts import open_concepts, check_tracker
-    from diffii.core import holds_run, tentative
+    from diffii.concepts import ConceptSettings, open_concepts, check_tracker
+    from diffii.core import holds_run, prefix, tentative
     from diffii.data import few_shot, image_folder, image_table
     from diffii.demo import Steps
     from diffii.pipeline import load_pipeline
-    from diffii.suffixes import prefix
     from diffii.synthesis import synthesize, SynthesisSettings, settings_for, STATE
     given = dict(method=method, strengths=_numbers('--strengths', strengths), gamma=gamma, guided=_numbers('--guided', guided), solver=solver, stride=stride,
                  expansion=expansion,
                  split_ratio=split_ratio, guidance_scale=guidance, steps=steps, interpolation=interpolation, equal_norms=equal_norms)
-    settings_for(SynthesisSettings, {}, **given); check_tracker(tracker); prefix(metaclass)  # wrong options are told before anything is loaded
-    _at_least(1, shots=shots, concept_batch=concept_batch, draws=draws, batch_size=batch_size, size=size)
-    _at_least(0, concept_steps=concept_steps, concept_lr=concept_lr, token_lr=token_lr, tokens=tokens, rank=rank, forward_steps=forward_steps,
-              fixed_point_iters=fixed_point_iters, sample_every=sample_every)
+    learning = dict(steps=concept_steps, lr=concept_lr, token_lr=token_lr, lr_schedule=lr_schedule, batch_size=concept_batch, n_tokens=tokens, rank=rank,
+                    init_word=init_word, balanced=balanced, flip=None if flip else False)
+    settings_for(SynthesisSettings, {}, **given); settings_for(ConceptSettings, {}, **learning)  # wrong options are told before anything is loaded
+    check_tracker(tracker); prefix(metaclass)
+    _at_least(1, shots=shots, draws=draws, batch_size=batch_size, size=size)
+    _at_least(0, forward_steps=forward_steps, fixed_point_iters=fixed_point_iters, sample_every=sample_every)
     held = holds_run(out, f'{STATE}/run.json'); say = _say(); bars = Steps(quiet=say is not print, log=log if say is print else None)
     real = (image_table(images, None, image_column, label_column, None, metaclass, skip_bad) if images.suffix.lower()=='.csv' else
             image_folder(images, metaclass, skip_bad))
@@ -171,9 +174,7 @@ def augment(images:ImagesOpt, metaclass:MetaclassOpt, out:OutOpt, model:ModelOpt
         say(f"{len(real)} images of {len(real.classes)} categories ({metaclass}); {len(chosen)} suffixes: {source}")
         if _rehearsal(model, real): say(SMALL_MODEL)
         pipe = load_pipeline(model, device, dtype, variant, size, batch_size, safety_checker, 'inductor' if compile else None)
-        S = synthesize(pipe, real, out, chosen, seed, open_concepts(pipe, concepts, real.classes, metaclass) if concepts else None,
-                       dict(steps=concept_steps, lr=concept_lr, token_lr=token_lr, batch_size=concept_batch, n_tokens=tokens, rank=rank,
-                            init_word=init_word, balanced=balanced, flip=None if flip else False),
+        S = synthesize(pipe, real, out, chosen, seed, open_concepts(pipe, concepts, real.classes, metaclass) if concepts else None, learning,
                        dict(forward_steps=forward_steps, fixed_point_iters=fixed_point_iters, draws=draws, flip=flip, views=views),
                        bars, tracker, sample_every, **given)
     say(f'{len(S)} synthetic images in {out}')

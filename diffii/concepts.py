@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
 from safetensors import safe_open
-from .core import UserError, require, processes, atomic, folder_name, generator, seed_of, read_json, write_json
+from .core import UserError, require, processes, atomic, clean_text, folder_name, generator, prompt_of, seed_of, read_json, write_json
 from .core import save_tensors, load_tensors, optimizer_tensors, load_optimizer_tensors
 from .data import ImageSet
 from .pipeline import Pipeline, Conditioning, out_of_memory, ddim_grid, ddim_step
@@ -92,7 +92,7 @@ class Concepts:
         return [f'<c{k}>'+(f'_{j}' if j else '') for j in range(self.n_tokens)]
     def prompt(self, k:int, suffix:str='') -> str:
         "The prompt of category `k`: plain, or with a context suffix behind it."
-        return ' '.join(['a photo of a', *(self.placeholders(k) or [self.classes[k].replace('_',' ')]), self.metaclass, suffix]).strip()
+        return prompt_of(self.placeholders(k) or [clean_text(self.classes[k].replace('_',' '))], self.metaclass, suffix)
 
 def named_concepts(pipe:Pipeline, images:ImageSet) -> Concepts:
     "Categories that are called by their names: nothing is learned, for methods that trust what the model knows."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLUTTER', 'UserError', 'require', 'seed_of', 'generator', 'atomic', 'write_json', 'save_png', 'read_json',
            'save_tensors', 'load_tensors', 'optimizer_tensors', 'load_optimizer_tensors', 'processes', 'first_makes',
-           'claim', 'holds_run', 'differences', 'tentative', 'folder_name', 'clean_text']
+           'claim', 'holds_run', 'differences', 'tentative', 'folder_name', 'clean_text', 'prefix', 'prompt_of']
 
 # %% ../nbs/00_core.ipynb #0f8a5a06
 import contextlib, hashlib, json, os, re, unicodedata
@@ -175,3 +175,18 @@ def clean_text(text:str # any text
     "Text that can stand in a prompt and means nothing but its words."
     text = ''.join(' ' if c.isspace() else '' if unicodedata.category(c) in ('Cc','Cf','Cs') else c for c in unicodedata.normalize('NFC', str(text)))
     return ' '.join(re.sub(r'[<>|]', ' ', text).split())
+
+# %% ../nbs/00_core.ipynb #2815d970
+def prefix(metaclass:str # the word for all categories
+          ) -> str:
+    "What every description of a data set begins with."
+    require(clean_text(metaclass), f'--metaclass {metaclass!r}: give a word that names all categories, as bird')
+    return f'a photo of a {clean_text(metaclass)}'
+
+def prompt_of(words,         # what stands for the category: its learned words, put in unchanged, or its cleaned name
+              metaclass:str, # the word for all categories
+              suffix:str=''  # a context; empty for the plain prompt
+             ) -> str:
+    "The prompt *a photo of a [words] [metaclass] [suffix]*."
+    prefix(metaclass)
+    return ' '.join(filter(None, ['a photo of a', *words, clean_text(metaclass), clean_text(suffix)]))

@@ -472,7 +472,7 @@ def _training(preset, dataset, arch, size, training): # -> (arch, size, settings
 
 def check(b:Bench, settings):
     "Raise `UserError` for what cannot be run."
-    from diffii.classifier import build_model, _check
+    from diffii.classifier import build_model, check_training
     from diffii.metrics import clip_model
     for s in settings:
         train,test = s.draw(0)
@@ -482,7 +482,7 @@ def check(b:Bench, settings):
         require(len(test), f'{s.name}: no images are left for testing; ask for fewer or give --test')
         require(tuple(test.classes)==tuple(train.classes), '--test: its categories differ from those of the training set')
         t = dict(replacement_probability=.5, steps=400, epochs=None, batch_size=32) | b.training
-        _check(train, t['replacement_probability'], t['steps'], t['epochs'], t['batch_size'])
+        check_training(train, t['replacement_probability'], t['steps'], t['epochs'], t['batch_size'])
         build_model(b.arch, len(train.classes), b.size, b.training.get('pretrained', False))
     if b.clip: clip_model(**clip_weights(b.clip), device=b.device)
 
