@@ -6,20 +6,23 @@
 __all__ = []
 
 # %% ../nbs/15_all.ipynb #0db61dc8
-from .core import *
-from .data import *
-from .datasets import *
-from .pipeline import *
-from .concepts import *
-from .inversion import *
-from .interpolation import *
-from .suffixes import *
-from .denoising import *
-from .classifier import *
-from .metrics import *
-from .methods import *
-from .synthesis import *
-from .experiments import *
+from .core import UserError
+from .data import ImageSet, image_folder, image_table, few_shot, halve, long_tail, long_tail_counts, shot_groups
+from .datasets import DATASETS, paper_dataset
+from .digits import digits_set, digit_suffixes
+from .aviary import aviary_set, waterbirds_twin
+from .pipeline import Pipeline, load_pipeline, ddim_grid, ddim_step
+from .concepts import Concepts, ConceptSettings, learn_concepts, named_concepts, import_concepts, open_concepts
+from .inversion import InversionPool, InversionSettings, ddim_invert, latent_stats
+from .interpolation import slerp, draw_pairs, draw_strength
+from .suffixes import (choose_suffixes, make_suffixes, read_suffixes, parse_suffixes, published_suffixes, get_captioner, get_summariser, captions_of)
+from .denoising import FAST, two_stage_denoise
+from .classifier import PRESETS, preset, build_model, train_classifier, evaluate, group_accuracy, CMO, DRW
+from .metrics import lpips_diversity, faithfulness, clip_score, features, precision_recall, fid, spread
+from .methods import METHODS, get_method, soft_targets
+from .synthesis import SynthesisSettings, SyntheticSet, synthesize, load_synthetic, load_concepts, load_pool, remake
+from .demo import World, load_world, demo
+from .experiments import benchmark, show_results
 
 # %% ../nbs/15_all.ipynb #a4329cc2
 __all__ = sorted(n for n in globals() if not n.startswith('_'))
