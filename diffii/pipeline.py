@@ -63,6 +63,7 @@ def _load_diffusers(model, folder, dtype, variant, safety_checker):
     "The diffusers pipeline at a folder or hub id; every failure is one line."
     import diffusers, transformers
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from safetensors import SafetensorError
     diffusers.utils.logging.disable_progress_bar(); transformers.utils.logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():  # the libraries' own deprecations are not the user's concern
@@ -73,7 +74,7 @@ def _load_diffusers(model, folder, dtype, variant, safety_checker):
                          requires_safety_checker=False) if kind=='StableDiffusionPipeline' and not safety_checker else {}
             return getattr(diffusers, kind).from_pretrained(folder, dtype=dtype, variant=variant, **extra)
     except UserError: raise
-    except (OSError, ValueError, KeyError, HfHubHTTPError, LocalEntryNotFoundError) as e:
+    except (OSError, ValueError, KeyError, SafetensorError, HfHubHTTPError, LocalEntryNotFoundError) as e:
         lines = str(e).strip().splitlines(); weights = [f.name.split('.') for f in sorted(Path(folder).glob('unet/*.safetensors'))]
         if weights and all(len(w)==3 and w[1]!=variant for w in weights):
             raise UserError(f'--model {model}: has weights of the variant {weights[0][1]} only; give --variant {weights[0][1]}') from e
@@ -100,7 +101,8 @@ def load_pipeline(model:str='tiny',     # hub id, as 'stable-diffusion-v1-5/stab
     require(kind in ('epsilon','v_prediction'), f"--model {model}: prediction_type '{kind}' has no noise to invert; use a model with epsilon or v_prediction")
     try: pipe.to(device or processes().device)
     except (RuntimeError, AssertionError) as e:
-        if out_of_memory(e): raise
+        if out_of_memory(e):
+            raise UserError(f'--model {model}: does not fit into the memory of {device or processes().device}; give --dtype float16, or --device cpu') from e
         raise UserError(f'--device {device}: cannot be used here ({str(e).splitlines()[0]}); leave it out, or give cpu') from e
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.vae): part.requires_grad_(False).eval().to(memory_format=torch.channels_last)
