@@ -24,6 +24,7 @@ class Conditioning:
     pooled: torch.Tensor|None = None # (n, width), for models that have a second text encoder
     def __len__(self): return len(self.embeds)
     def __getitem__(self, i): return Conditioning(self.embeds[i], None if self.pooled is None else self.pooled[i])
+    def to(self, device) -> 'Conditioning': return Conditioning(self.embeds.to(device), None if self.pooled is None else self.pooled.to(device))
     @staticmethod
     def cat(parts:list) -> 'Conditioning':
         "Stack rows of several conditionings."
@@ -39,7 +40,7 @@ class Pipeline:
     recommended: dict = field(default_factory=dict) # settings that suit this model, by stage
     batch_size: int = 64       # images per U-Net call
     at_once: int|None = None   # images that memory has room for, see `in_parts`; by default `batch_size`
-    cache: dict = field(default_factory=dict) # prompt -> its row
+    cache: dict = field(default_factory=dict) # prompt -> its row, on the CPU, since there may be thousands
     compiled: Any = None       # the U-Net as torch.compile made it, for calls that need no gradient
     def __post_init__(self): self.at_once = self.at_once or self.batch_size
     @property
@@ -206,9 +207,9 @@ def encode_prompts(self:Pipeline,
     new = list(dict.fromkeys(p for p in prompts if p not in self.cache))
     with torch.no_grad():
         for p in new:
-            row = self.cache[p] = self.encode_ids(self.tokenize([p]))
+            row = self.cache[p] = self.encode_ids(self.tokenize([p])).to('cpu')
             if p=='' and self.pipe.config.get('force_zeros_for_empty_prompt'): row.embeds.zero_(); row.pooled.zero_()
-    return Conditioning.cat([self.cache[p] for p in prompts])
+    return Conditioning.cat([self.cache[p] for p in prompts]).to(self.device)
 
 # %% ../nbs/04_pipeline.ipynb #1aa463ab
 @patch
