@@ -249,7 +249,7 @@ def benchmark(task:Annotated[str, typer.Argument(help='few-shot, long-tail, ood,
             metaclass, clip, seed, device, dtype, tuning, quick, Steps(quiet=say is not print, log=log if say is print else None),
             preset=preset, suffixes=suffixes, flip=flip, variant=variant, batch_size=batch_size)
     if t is None or not len(t): say(f'see {out}'); return
-    cells = read_cells(out); say(table_text(t))
+    cells = read_cells(out, t.setting); say(table_text(t))
     for line in (*how_judged(cells), *verdicts(cells, model=model)): say(line)
     say(f'see {out}/table.csv, table.json and plot.png')
 

@@ -313,9 +313,10 @@ def published_ablation(table, row:str, arch:str) -> dict: # column -> number
     return next(({f'{k}, paper': r[n] for k,n in names.items()} for r in published()['results']['ablation']
                  if row==f"circle {r['inversion_interpolation']}, two-stage {r['two_stage_denoising']}"), {})
 
-def read_cells(out) -> list:
-    "All finished cells of an experiment."
-    return [read_json(f) for f in sorted((Path(out)/'cells').glob('*.json'))]
+def read_cells(out, settings=None) -> list: # settings: their names, in the order that is wanted; by default all
+    "The finished cells of an experiment."
+    cells = [read_json(f) for f in sorted((Path(out)/'cells').glob('*.json'))]
+    return cells if settings is None else [c for s in dict.fromkeys(settings) for c in cells if c['setting']==s]
 
 def paired_gain(cells, row, base) -> list:
     "Accuracy of a row minus that of the base row, trial by trial."
@@ -551,7 +552,7 @@ def show_results(out,   # folder of an experiment that was run
     "Print the table of a finished experiment and how `usual_row` stands against each other row, and draw its plot."
     import pandas as pd
     out = Path(out); require((out/'table.json').is_file(), f'{out}: no finished experiment; run diffii benchmark with this folder as --out')
-    lines = read_json(out/'table.json'); cells = read_cells(out); run = read_json(out/'experiment.json'); base = {}
+    lines = read_json(out/'table.json'); cells = read_cells(out, [l['setting'] for l in lines]); run = read_json(out/'experiment.json'); base = {}
     for l in lines: base.setdefault(l['setting'], l['row'])
     now = lambda l: row_numbers([c for c in cells if c['setting']==l['setting']], l['row'], base[l['setting']])
     t = pd.DataFrame([l | now(l) for l in lines]).dropna(axis=1, how='all')
