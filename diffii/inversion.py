@@ -193,6 +193,7 @@ def save(self:InversionPool, folder,
 @patch
 def check(self:InversionPool):
     "Warn where the pool's deviation is more than 0.1 away from 1."
-    sd = self.stats()['std']
-    if abs(sd-1) > .1: warnings.warn(f'the inversions have a deviation of {sd:.2f}, a Gaussian has 1: their circle is not where the model lives. '
-                                     'Try --forward-steps 2 --fixed-point-iters 2')
+    sd = self.stats()['std']; mended = self.settings['forward_steps'] and self.settings['fixed_point_iters']
+    if abs(sd-1) > .1: warnings.warn(f'the inversions have a deviation of {sd:.2f}, a Gaussian has 1: their circle is not where the model lives. ' +
+                                     ('The images may be unlike all that the model has seen; try more --steps, or another --model' if mended else
+                                      'Try --forward-steps 2 --fixed-point-iters 2'))
