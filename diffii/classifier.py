@@ -492,9 +492,8 @@ def train_classifier(train,                        # real images: an `ImageSet`
                      batch_size:int=32,
                      lr:float|None=None,           # highest learning rate; by default .1 for 'small' and .01 for others
                      body_lr:float=1.,             # the body's learning rate as a fraction of the head's
-                     weight_decay:float=5e-4, label_smoothing:float=.1,
+                     weight_decay:float=5e-4, label_smoothing:float=.1, warmup:float=.1, # warm-up: share of the steps
                      class_weights=None,           # weight of each category in the loss
-                     warmup:float=.1,              # share of the steps
                      long_tail_method:str|None=None, # 'CMO' or 'CMO+DRW', for long-tailed sets; None, or 'CE', is the plain loss
                      flip:bool=False,              # mirror images left to right
                      crop_scale:tuple=(.25,1.),    # area of the random resized crop, from 128 pixels on
