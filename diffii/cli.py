@@ -54,14 +54,14 @@ def main():
 def demo(out:Annotated[Path, Opt(help='Output folder: new, empty, or of the same demo.')]=Path('diffii-demo'),
          data:Annotated[str, Opt(help='digits or aviary.')]='digits',
          shots:Annotated[int, Opt(help='Real images per category.')]=3,
-         trials:Annotated[int, Opt(help='Classifier trainings of each kind.')]=3,
-         seed:Annotated[int, Opt(help='Seed of everything.')]=0,
+         trials:Annotated[int, Opt(help='Draws of the real images, each with synthetic images and classifiers of its own.')]=3,
+         seed:Annotated[int, Opt(help='Seed of the first trial; the next has the next.')]=0,
          quick:Annotated[bool, Opt('--quick', help='A short form that only shows that everything runs.')]=False):
-    "A few images, the shipped model, classifiers with and without what it made, and a report: in five minutes on a laptop."
+    "A few images, the shipped model, classifiers with and without what it made, and a report: in a few minutes on a laptop."
     from diffii.demo import demo as run
     r = run(out, data, shots, trials, seed=seed, quick=quick); a = r['accuracy']
     for k,v in a.items(): print(f"{k:<22} {v['mean']:5.1f} % (" + (f"sd {v['sd']:.1f} over {trials} trials)" if trials>1 else 'one trial)'))
-    print(r['verdict']); print(f"{r['seconds']['all']:.0f} s; see {out}/report.html and {out}/synthetic")
+    print(r['verdict']); print(f"{r['seconds']['all']:.0f} s; see {out}/report.html and {out}/synthetic-0")
 
 # %% ../nbs/14_cli.ipynb #ac3b2bf9
 SMALL_MODEL = ('note: the shipped model makes 32-pixel images and has seen only digits and drawn birds. On photographs it runs through every step, '
@@ -228,7 +228,8 @@ def benchmark(task:Annotated[str, typer.Argument(help='few-shot, long-tail, ood,
               lr:Annotated[Optional[float], Opt(help='Learning rate of the classifier.')]=None,
               pretrained:Annotated[bool, Opt('--pretrained', help='Start the classifier from published weights.')]=False,
               suffixes:SuffixesOpt=None, flip:FlipOpt=True,
-              concept_batch:Annotated[Optional[int], Opt(help='As for augment.')]=None,
+              concept_steps:ConceptStepsOpt=None, concept_lr:ConceptLrOpt=None, token_lr:TokenLrOpt=None, lr_schedule:LrScheduleOpt=None,
+              concept_batch:ConceptBatchOpt=None, tokens:TokensOpt=None, rank:RankOpt=None,
               model:Annotated[str, Opt(help='As for augment.')]='tiny',
               root:Annotated[Optional[Path], Opt(help="Folder that holds the paper's data sets.")]=None,
               test:Annotated[Optional[Path], Opt(help='Folder of test images of a folder data set. [what the draw leaves over]')]=None,
@@ -244,8 +245,10 @@ def benchmark(task:Annotated[str, typer.Argument(help='few-shot, long-tail, ood,
     from diffii.experiments import benchmark as run, table_text, how_judged, verdicts, read_cells
     say = _say(); out = out or Path('diffii-benchmark')/f'{task}-{Path(dataset).name}'
     training = {k:v for k,v in dict(epochs=epochs, steps=steps, lr=lr, pretrained=pretrained or None).items() if v is not None}
+    learning = {k:v for k,v in dict(steps=concept_steps, lr=concept_lr, token_lr=token_lr, lr_schedule=lr_schedule, batch_size=concept_batch, n_tokens=tokens,
+                                    rank=rank).items() if v is not None}
     t = run(task, dataset, out, _numbers('--shots',shots,int), _numbers('--imbalance',imbalance), methods and tuple(methods.split(',')),
-            _numbers('--values',values), trials, arch, size, training, concept_batch and dict(batch_size=concept_batch), model, root, test,
+            _numbers('--values',values), trials, arch, size, training, learning or None, model, root, test,
             metaclass, clip, seed, device, dtype, tuning, quick, Steps(quiet=say is not print, log=log if say is print else None),
             preset=preset, suffixes=suffixes, flip=flip, variant=variant, batch_size=batch_size)
     if t is None or not len(t): say(f'see {out}'); return

@@ -64,6 +64,11 @@ class ConceptSettings:
             require(isinstance(value,int) and value>=least, f'{option} {value}: give a whole number of {least} or more')
         for option,value in (('--concept-lr',self.lr), ('--token-lr',self.token_lr)): require(value>0, f'{option} {value}: give more than 0')
         require(self.lr_schedule in LR_SCHEDULES, f'--lr-schedule {self.lr_schedule}: one of {", ".join(LR_SCHEDULES)}')
+    @classmethod
+    def of(cls, pipe:Pipeline, metaclass:str, **given) -> 'ConceptSettings':
+        "What is given, then what the model recommends for this metaclass, then what it recommends for all, then the paper's."
+        rec = pipe.recommended; own = rec.get('metaclasses',{}).get(metaclass,{})
+        return settings_for(cls, {**rec.get('concepts',{}), **own.get('concepts',{})}, **given)
 
 def settings_for(cls, recommended:dict, **given):
     "An instance of a settings class: its defaults, then what the model recommends, then what was given (None is not given)."
@@ -359,7 +364,7 @@ def learn_concepts(pipe:Pipeline,    # the model; it is left as it was
                    **settings        # of `ConceptSettings`; by default the model's recommendation, then the paper's
                   ) -> Concepts:
     "Learn token embeddings for every category and one LoRA for all (step 1 of Diff-II)."
-    cfg = settings_for(ConceptSettings, pipe.recommended.get('concepts',{}), **settings)
+    cfg = ConceptSettings.of(pipe, images.metaclass, **settings)
     check_learning(pipe, images, cfg)
     if folder and (Path(folder)/'concepts.json').is_file():
         got = Concepts.load(folder); same = got.settings==asdict(cfg) and tuple(got.classes)==tuple(images.classes) and same_model(got.base, model_digest(pipe))

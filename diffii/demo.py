@@ -10,18 +10,18 @@ import base64, io, json, time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from .core import require, generator, claim, write_json, atomic
+from .core import require, generator, claim, read_json, write_json, atomic
 
 # %% ../nbs/13_demo.ipynb #3f5e04f7
 class Steps:
     "Progress bars by step name, and the seconds each step took; with `log`, a file that gets a line of JSON for every second and every end of a step."
-    def __init__(self, quiet=False, log=None): self.quiet,self.log,self.seconds,self.bar,self.name,self.logged = quiet,log,{},None,None,0
+    def __init__(self, quiet=False, log=None): self.quiet,self.log,self.seconds,self.bar,self.name,self.logged,self.heading = quiet,log,{},None,None,0,''
     def __call__(self, stage, done, total):
         "The callback: opens a bar when the stage is new, moves it, and closes it at the end."
         from tqdm import tqdm
         if stage != self.name:
             self.close(); self.name,self.began = stage,time.time()
-            self.bar = tqdm(total=total, desc=f'{stage:<26}', disable=self.quiet, dynamic_ncols=True)
+            self.bar = tqdm(total=total, desc=f'{self.heading+stage:<26}', disable=self.quiet, dynamic_ncols=True)
             self.first = done
         self.bar.total = total; self.bar.update(done-self.bar.n); self._log(done, total)
         if done >= total: self.close()
@@ -88,7 +88,7 @@ REPORT = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta nam
 <style>body{font:16px/1.5 system-ui,sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem;color:#222}h1,h2{line-height:1.2}img{max-width:100%;image-rendering:pixelated}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .8rem;border-bottom:1px solid #ccc;text-align:left}td.n{text-align:right;font-variant-numeric:tabular-nums}figure{margin:1rem 0}figcaption{color:#555;font-size:.9rem}</style></head><body>
 <h1>Diff-II on {{ r.shots }} images per category</h1>
-<p>{{ r.real }} real images of {{ r.classes|length }} categories ({{ r.metaclass }}), {{ r.synthetic }} synthetic images made with the model <b>{{ r.model }}</b>, seed {{ r.seed }}. Tested on {{ r.test }} real images that were not used for anything else.</p>
+<p>{{ r.real }} real images of {{ r.classes|length }} categories ({{ r.metaclass }}), and {{ r.synthetic }} synthetic images made of them with the model <b>{{ r.model }}</b>; in each of {{ r.trials }} trials, seeds from {{ r.seed }} on, other images are drawn and all is done anew. Tested on {{ r.test }} real images that were not used for anything else. The pictures below are of the first trial.</p>
 <table><tr><th>trained on</th><th>accuracy, mean of {{ r.trials }}</th><th>sd</th><th>each trial</th></tr>
 {% for name, a in r.accuracy.items() %}<tr><td>{{ name }}</td><td class="n">{{ '%.1f'|format(a.mean) }} %</td><td class="n">{{ '%.1f'|format(a.sd) if a.sd is not none else '-' }}</td><td>{{ a.trials|map('round',1)|join(', ') }}</td></tr>{% endfor %}</table>
 <p>{{ r.verdict }}</p>
@@ -109,48 +109,59 @@ def write_report(path, r:dict, pictures:list): # pictures: (title, Pillow image,
 def demo(out='diffii-demo',    # output folder: new, empty, or of the same demo, which is then continued
          data:str='digits',    # 'digits' or 'aviary'
          shots:int=3,          # real images per category
-         trials:int=3,         # classifier trainings of each kind
-         model:str='tiny', seed:int=0,
+         trials:int=3,         # draws of the real images, each with concepts, synthetic images and classifiers of its own
+         model:str='tiny', seed:int=0, # of the first trial; the next one has the next
          quick:bool=False,     # a short form that only shows that everything runs
          steps:Steps|None=None # progress and clock
         ) -> dict:             # what stands in results.json
-    "Diff-II from a few images to a tested classifier, with a report."
+    "Diff-II from a few images to tested classifiers, with a report."
     from diffii.data import few_shot
     from diffii.pipeline import load_pipeline
-    from diffii.concepts import Concepts
-    from diffii.synthesis import synthesize, load_pool, STATE
     out = Path(out); steps = steps or Steps(); began = time.time()
     require(trials>=1, f'--trials {trials}: give a number of 1 or more')
-    w = load_world(data); few,_ = few_shot(w.pool, shots, seed); pipe = load_pipeline(model)
+    w = load_world(data); draws = [few_shot(w.pool, shots, seed+t)[0] for t in range(trials)]; pipe = load_pipeline(model)
     claim(out, dict(data=data, shots=shots, model=model, seed=seed, quick=quick), '.demo.json')
-    S = synthesize(pipe, few, out/'synthetic', w.suffixes, seed,
-                   concept_settings=dict(flip=w.flip, steps=20 if quick else None, batch_size=8 if quick else None), inversion_settings=dict(flip=w.flip),
-                   progress=steps, **(dict(expansion=2) if quick else {}))
-    accuracy = compare(few, S, w.test, trials, seed, w.flip, steps, **(dict(steps=30) if quick else {}))
-    lpips,note = _diversity(few, S, steps)
-    run = json.loads((S.folder/STATE/'run.json').read_text()); state = S.folder/STATE
-    concepts,pool = Concepts.load(state/'concepts'), load_pool(state/'pool', few.classes)
-    r = dict(data=data, shots=shots, quick=quick, seed=seed, model=model, classes=few.classes, metaclass=few.metaclass, real=len(few), synthetic=len(S),
-             test=len(w.test), trials=trials,
-             accuracy=accuracy, verdict=verdict(accuracy), lpips=lpips, lpips_note=note, inversions=pool.stats(), seconds={**steps.seconds, 'all': time.time()-began},
-             settings={f'{g}: {k}': v for g in ('concepts','inversion','synthesis') for k,v in run[g].items()})
-    write_json(out/'results.json', r)
-    write_report(out/'report.html', r, _pictures(few, S, circle_strip(pipe, concepts, pool, k=0 if len(pool.names[0])>1 else 1), r))
+    sets,accuracy,lpips = [],[],[]
+    for t,few in enumerate(draws):
+        steps.heading = f'{t+1} of {trials}: '
+        sets.append(_images(pipe, few, out/f'synthetic-{t}', w, seed+t, quick, steps))
+        accuracy.append(compare(few, sets[t], w.test, seed+t, w.flip, steps, **(dict(steps=30) if quick else {})))
+        lpips.append(_diversity(few, sets[t], steps))
+    r = dict(data=data, shots=shots, quick=quick, seed=seed, model=model, classes=few.classes, metaclass=few.metaclass, real=len(few), synthetic=len(sets[0]), test=len(w.test),
+             trials=trials, **_told(accuracy), lpips={k: sum(l[k] for l,_ in lpips)/trials for k in lpips[0][0]}, lpips_note=lpips[0][1], **_made(sets))
+    r['seconds'] = {**steps.seconds, 'all': time.time()-began}
+    write_json(out/'results.json', r); write_report(out/'report.html', r, _pictures(pipe, draws[0], sets[0], r))
     return r
 
+
 # %% ../nbs/13_demo.ipynb #e1bf9ddf
-def compare(few, synthetic, test, trials, seed, flip, progress, **settings) -> dict:
-    "Accuracy in percent of classifiers trained on the original set, and on original + synthetic, over trials that differ in the classifier's seed."
+def _images(pipe, few, out, w, seed, quick, progress): # -> SyntheticSet
+    "The synthetic images of one trial."
+    from diffii.synthesis import synthesize
+    return synthesize(pipe, few, out, w.suffixes, seed, progress=progress, inversion_settings=dict(flip=w.flip),
+                      concept_settings=dict(flip=w.flip, **(dict(steps=20, batch_size=8) if quick else {})), **(dict(expansion=2) if quick else {}))
+
+def compare(few, synthetic, test, seed, flip, progress, **settings) -> dict: # accuracy in percent
+    "A classifier trained on the original set, and one on original + synthetic."
     from diffii.classifier import train_classifier
+    got = {}; progress('classifiers', 0, 2)
+    for name,s in (('original',None), ('original + synthetic',synthetic)):
+        got[name] = 100*train_classifier(few, test, s, flip=flip, seed=seed, **settings).accuracy; progress('classifiers', len(got), 2)
+    return got
+
+def _told(trials:list) -> dict: # of what `compare` returned
+    "The accuracy's mean and spread over trials, and the verdict."
     from diffii.metrics import spread
-    got = {'original': [], 'original + synthetic': []}; done = 0
-    for t in range(trials):
-        for name,s in (('original',None), ('original + synthetic',synthetic)):
-            progress('classifiers', done, 2*trials)
-            got[name].append(100*train_classifier(few, test, s, flip=flip, seed=seed*1000+t, **settings).accuracy); done += 1
-    progress('classifiers', done, 2*trials)
     finite = lambda x: x if x==x else None  # one trial has no spread
-    return {k: dict(zip(('mean','sd','ci95'), map(finite, spread(v))), trials=v) for k,v in got.items()}
+    accuracy = {k: dict(zip(('mean','sd','ci95'), map(finite, spread(v))), trials=v) for k in trials[0] for v in [[t[k] for t in trials]]}
+    return dict(accuracy=accuracy, verdict=verdict(accuracy))
+
+def _made(sets) -> dict:
+    "How the images of all trials were made, and what their inversions were like."
+    from diffii.synthesis import load_pool, STATE
+    run = read_json(sets[0].folder/STATE/'run.json'); stats = [load_pool(s.folder/STATE/'pool', s.classes).stats() for s in sets]
+    return dict(inversions={k: sum(s[k] for s in stats)/len(stats) for k in stats[0]},
+                settings={f'{g}: {k}': v for g in ('concepts','inversion','synthesis') for k,v in run[g].items()})
 
 def verdict(accuracy:dict) -> str:
     "What the numbers say, in a sentence: the mean difference within the trials, and whether its 95 % interval holds 0."
@@ -171,8 +182,10 @@ def _diversity(few, S, progress):
         progress('diversity', i+1, 2)
     return out, '; '.join(notes)
 
-def _pictures(few, S, strip, r):
-    "The pictures of the report."
+def _pictures(pipe, few, S, r):
+    "The pictures of the report, of the first trial."
+    from diffii.synthesis import load_concepts, load_pool, STATE
+    pool = load_pool(S.folder/STATE/'pool', few.classes); strip = circle_strip(pipe, load_concepts(S.folder), pool, 0)
     pick = lambda s,n: [s.open(i) for k in range(len(s.classes)) for i in (s.of_class(k)*n)[:n]]
     n = min(r['shots'],5)
     return [('Real images', grid(pick(few,n), n*max(1,10//n)), f'All that was trained on: {r["shots"]} of each category.'),

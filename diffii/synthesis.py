@@ -223,7 +223,7 @@ def synthesize(pipe:Pipeline,        # a loaded model
     from filelock import FileLock, Timeout
     out = Path(out); cfg = settings_for(SynthesisSettings, pipe.recommended.get('synthesis',{}), **settings)
     learn = METHODS[cfg.method].learn
-    ccfg = settings_for(ConceptSettings, pipe.recommended.get('concepts',{}), **{**(concept_settings or {}), **({'rank':0} if learn=='tokens' else {})})
+    ccfg = ConceptSettings.of(pipe, images.metaclass, **{**(concept_settings or {}), **({'rank':0} if learn=='tokens' else {})})
     if concepts is not None and learn!='none': ccfg = ConceptSettings(**concepts.settings)
     icfg = InversionSettings.of(pipe, **{'steps': cfg.steps, **(inversion_settings or {}), **({} if cfg.start=='circle' else {'steps':0, 'draws':1})})
     check_tracker(tracker); _check(pipe, images, suffixes, cfg, ccfg, icfg, concepts, pool)
