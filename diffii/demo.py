@@ -125,7 +125,7 @@ def demo(out='diffii-demo',    # output folder: new, empty, or of the same demo,
     for t,few in enumerate(draws):
         steps.heading = f'{t+1} of {trials}: '
         sets.append(_images(pipe, few, out/f'synthetic-{t}', w, seed+t, quick, steps))
-        accuracy.append(compare(few, sets[t], w.test, seed+t, w.flip, steps, **(dict(steps=30) if quick else {})))
+        accuracy.append(compare(few, sets[t], w.test, seed+t, w.flip, steps, **(dict(repeats=1, steps=30) if quick else {})))
         lpips.append(_diversity(few, sets[t], steps))
     r = dict(data=data, shots=shots, quick=quick, seed=seed, model=model, classes=few.classes, metaclass=few.metaclass, real=len(few), synthetic=len(sets[0]), test=len(w.test),
              trials=trials, **_told(accuracy), lpips={k: sum(l[k] for l,_ in lpips)/trials for k in lpips[0][0]}, lpips_note=lpips[0][1], **_made(sets))
@@ -141,12 +141,15 @@ def _images(pipe, few, out, w, seed, quick, progress): # -> SyntheticSet
     return synthesize(pipe, few, out, w.suffixes, seed, progress=progress, inversion_settings=dict(flip=w.flip),
                       concept_settings=dict(flip=w.flip, **(dict(steps=20, batch_size=8) if quick else {})), **(dict(expansion=2) if quick else {}))
 
-def compare(few, synthetic, test, seed, flip, progress, **settings) -> dict: # accuracy in percent
-    "A classifier trained on the original set, and one on original + synthetic."
+def compare(few, synthetic, test, seed, flip, progress, repeats=2, **settings) -> dict: # accuracy in percent
+    "Classifiers trained on the original set, and on original + synthetic: their mean accuracy over `repeats` seeds."
     from diffii.classifier import train_classifier
-    got = {}; progress('classifiers', 0, 2)
-    for name,s in (('original',None), ('original + synthetic',synthetic)):
-        got[name] = 100*train_classifier(few, test, s, flip=flip, seed=seed, **settings).accuracy; progress('classifiers', len(got), 2)
+    got = {'original': 0., 'original + synthetic': 0.}; done = 0
+    for i in range(repeats):
+        for name,s in zip(got, (None,synthetic)):
+            progress('classifiers', done, 2*repeats); done += 1
+            got[name] += 100*train_classifier(few, test, s, flip=flip, seed=seed*1000+i, **settings).accuracy/repeats
+    progress('classifiers', done, 2*repeats)
     return got
 
 def _told(trials:list) -> dict: # of what `compare` returned
@@ -169,7 +172,8 @@ def verdict(accuracy:dict) -> str:
     a,b = (accuracy[k] for k in ('original','original + synthetic')); d = spread([y-x for x,y in zip(a['trials'],b['trials'])]); gain = d.mean
     said = f"The synthetic images changed the mean accuracy by {gain:+.1f} points" + (f", {gain/max(100-a['mean'],1e-9):.0%} of the error" if gain>0 else '')
     if d.ci95!=d.ci95: return said+' in one trial.'
-    return said+f" (95 % interval +- {d.ci95:.1f}): " + ('a gain.' if gain>d.ci95 else 'a loss.' if gain<-d.ci95 else 'a tie.')
+    ahead = sum(y>x for x,y in zip(a['trials'],b['trials']))
+    return said+f" (95 % interval +- {d.ci95:.1f}; better in {ahead} of {len(a['trials'])} trials): " + ('a gain.' if gain>d.ci95 else 'a loss.' if gain<-d.ci95 else 'a tie.')
 
 def _diversity(few, S, progress):
     "LPIPS diversity of real and synthetic images, of each that has one, and the reason where it has none."
