@@ -159,8 +159,8 @@ def augment(images:ImagesOpt, metaclass:MetaclassOpt, out:OutOpt, model:ModelOpt
     given = dict(method=method, strengths=_numbers('--strengths', strengths), gamma=gamma, guided=_numbers('--guided', guided), solver=solver, stride=stride,
                  expansion=expansion,
                  split_ratio=split_ratio, guidance_scale=guidance, steps=steps, interpolation=interpolation, equal_norms=equal_norms)
-    learning = dict(steps=concept_steps, lr=concept_lr, token_lr=token_lr, lr_schedule=lr_schedule, batch_size=concept_batch, n_tokens=tokens, rank=rank,
-                    init_word=init_word, balanced=balanced, flip=None if flip else False)
+    learning = _learning(concept_steps, concept_lr, token_lr, lr_schedule, concept_batch, tokens, rank, init_word=init_word, balanced=balanced,
+                         flip=None if flip else False)
     settings_for(SynthesisSettings, {}, **given); settings_for(ConceptSettings, {}, **learning)  # wrong options are told before anything is loaded
     check_tracker(tracker); prefix(metaclass)
     _at_least(1, shots=shots, draws=draws, batch_size=batch_size, size=size)
@@ -195,6 +195,14 @@ def _at_least(least, **given):
     "Refuse numbers below `least`; they are named as their options."
     from diffii.core import require
     for k,x in given.items(): require(x is None or x>=least, f"--{k.replace('_','-')} {x}: give a number of {least} or more")
+
+def _given(**options) -> dict:
+    "Those that were given."
+    return {k:v for k,v in options.items() if v is not None}
+
+def _learning(steps, lr, token_lr, lr_schedule, batch_size, n_tokens, rank, **more) -> dict:
+    "The given settings of concept learning, in the order of their options."
+    return _given(steps=steps, lr=lr, token_lr=token_lr, lr_schedule=lr_schedule, batch_size=batch_size, n_tokens=n_tokens, rank=rank, **more)
 
 # %% ../nbs/14_cli.ipynb #be2cb155
 def _suffixes(file, write, spec, metaclass, images, captioner, summariser, seed, progress): # -> (suffixes, where they come from)
@@ -244,9 +252,8 @@ def benchmark(task:Annotated[str, typer.Argument(help='few-shot, long-tail, ood,
     from diffii.demo import Steps
     from diffii.experiments import benchmark as run, table_text, how_judged, verdicts, read_cells
     say = _say(); out = out or Path('diffii-benchmark')/f'{task}-{Path(dataset).name}'
-    training = {k:v for k,v in dict(epochs=epochs, steps=steps, lr=lr, pretrained=pretrained or None).items() if v is not None}
-    learning = {k:v for k,v in dict(steps=concept_steps, lr=concept_lr, token_lr=token_lr, lr_schedule=lr_schedule, batch_size=concept_batch, n_tokens=tokens,
-                                    rank=rank).items() if v is not None}
+    training = _given(epochs=epochs, steps=steps, lr=lr, pretrained=pretrained or None)
+    learning = _learning(concept_steps, concept_lr, token_lr, lr_schedule, concept_batch, tokens, rank)
     t = run(task, dataset, out, _numbers('--shots',shots,int), _numbers('--imbalance',imbalance), methods and tuple(methods.split(',')),
             _numbers('--values',values), trials, arch, size, training, learning or None, model, root, test,
             metaclass, clip, seed, device, dtype, tuning, quick, Steps(quiet=say is not print, log=log if say is print else None),

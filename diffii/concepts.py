@@ -67,8 +67,7 @@ class ConceptSettings:
     @classmethod
     def of(cls, pipe:Pipeline, metaclass:str, **given) -> 'ConceptSettings':
         "What is given, then what the model recommends for this metaclass, then what it recommends for all, then the paper's."
-        rec = pipe.recommended; own = rec.get('metaclasses',{}).get(metaclass,{})
-        return settings_for(cls, {**rec.get('concepts',{}), **own.get('concepts',{})}, **given)
+        rec = pipe.recommended.get('concepts',{}); return settings_for(cls, {**rec, **rec.get('by_metaclass',{}).get(metaclass,{})}, **given)
 
 def settings_for(cls, recommended:dict, **given):
     "An instance of a settings class: its defaults, then what the model recommends, then what was given (None is not given)."

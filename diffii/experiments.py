@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['FEW_SHOT_ROWS', 'LONG_TAIL_ROWS', 'SWEEPS', 'BOTH', 'ABLATION', 'PAPER_SPLIT', 'TASKS', 'OPTIONS', 'MEASURES', 'Row',
            'method_rows', 'sweep', 'fast_rows', 'Setting', 'settings_of', 'open_world', 'train_judge', 'check_clip',
-           'clip_weights', 'clip_faithfulness', 'clouds', 'Bench', 'get_concepts', 'get_pool', 'row_settings',
-           'make_synthetic', 'run_cell', 'measure', 'how_judged', 'published_number', 'published_ablation',
-           'read_cells', 'paired_gain', 'row_numbers', 'summarise', 'narrow', 'table_text', 'recommended_by',
-           'usual_row', 'compared', 'verdicts', 'plot_table', 'strength_strips', 'paper_training', 'check', 'about_run',
-           'benchmark', 'report', 'show_results']
+           'clip_weights', 'clip_faithfulness', 'clouds', 'Bench', 'concept_settings', 'get_concepts', 'get_pool',
+           'row_settings', 'make_synthetic', 'run_cell', 'measure', 'how_judged', 'published_number',
+           'published_ablation', 'read_cells', 'paired_gain', 'row_numbers', 'summarise', 'narrow', 'table_text',
+           'recommended_by', 'usual_row', 'compared', 'verdicts', 'plot_table', 'strength_strips', 'paper_training',
+           'check', 'about_run', 'benchmark', 'report', 'show_results']
 
 # %% ../nbs/13a_experiments.ipynb #6417e017
 import json, time
@@ -211,13 +211,17 @@ class Bench:
         if classes not in self.judges: self.judges[classes] = train_judge(self.world, classes, self.seed, self.quick, self.device)
         return self.judges[classes]
 
+def concept_settings(b:Bench, setting, learn) -> dict:
+    "What `learn_concepts` is given: the setting's, the world's, a short form's, and what was asked for."
+    quick = dict(steps=10, batch_size=8) if b.quick else {}
+    return {**setting.concepts, 'flip': None if b.world.flip else False, **quick, **b.concepts, **({'rank':0} if learn=='tokens' else {})}
+
 def get_concepts(b:Bench, setting, trial, train, learn):
     "The concepts of a trial, learned once for all rows that learn the same."
     from diffii.concepts import learn_concepts
     if learn=='none': return None
-    quick = dict(steps=10, batch_size=8) if b.quick else {}
     return learn_concepts(b.pipe, train, b.seed+trial, b.work(setting, trial, learn), lambda s,n,loss: b.progress(f'{setting.name} {trial}: {learn}', s, n),
-                          **{**setting.concepts, 'flip': None if b.world.flip else False, **quick, **b.concepts, **({'rank':0} if learn=='tokens' else {})})
+                          **concept_settings(b, setting, learn))
 
 def get_pool(b:Bench, setting, trial, train, concepts, settings):
     "The inversions of a trial, made once for all rows that walk the same way up."
@@ -474,11 +478,13 @@ def _training(preset, dataset, arch, size, training): # -> (arch, size, settings
 def check(b:Bench, settings):
     "Raise `UserError` for what cannot be run."
     from diffii.classifier import build_model, check_training
+    from diffii.concepts import ConceptSettings, check_learning
+    from diffii.methods import get_method
     from diffii.metrics import clip_model
     for s in settings:
         train,test = s.draw(0)
-        for r in s.rows:
-            if r.synthesis is not None: row_settings(b, s, r)
+        learned = {get_method(row_settings(b, s, r)[2].method).learn for r in s.rows if r.synthesis is not None} | ({'tokens+lora'} if b.task=='strength' else set())
+        for kind in learned-{'none'}: check_learning(b.pipe, train, ConceptSettings.of(b.pipe, train.metaclass, **concept_settings(b, s, kind)))
         if b.task=='strength': continue
         require(len(test), f'{s.name}: no images are left for testing; ask for fewer or give --test')
         require(tuple(test.classes)==tuple(train.classes), '--test: its categories differ from those of the training set')

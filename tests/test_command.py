@@ -94,7 +94,8 @@ def test_a_benchmark_goes_on_where_it_stopped(cli, tmp_path):
     r = cli(*common, '--methods', 'original,random-noise,diff-ii'); assert ' original: ' in r.stdout and '(one trial)' in r.stdout and cell.stat().st_mtime_ns==before
     assert {'table.csv','table.json','plot.png'} <= {p.name for p in (tmp_path/'b').iterdir()}
     for args,word in ((('benchmark','few-shoot','--out',tmp_path/'x'),'few-shoot'), (('benchmark','ood','--out',tmp_path/'x'),'digits'), (('benchmark','few-shot','--methods','gan','--out',tmp_path/'x'),'gan'),
-                      (('benchmark','few-shot','--shots','five','--out',tmp_path/'x'),'--shots five'), (('benchmark','few-shot','--dataset','cub','--out',tmp_path/'x'),'--root')):
+                      (('benchmark','few-shot','--shots','five','--out',tmp_path/'x'),'--shots five'), (('benchmark','few-shot','--dataset','cub','--out',tmp_path/'x'),'--root'),
+                      (('benchmark','few-shot','--lr-schedule','fast','--out',tmp_path/'x'),'--lr-schedule fast'), (('benchmark','strength','--tokens',0,'--out',tmp_path/'x'),'--tokens 0')):
         r = cli(*args, ok=False); assert word in r.stderr and len(r.stderr.strip().splitlines())==1 and not (tmp_path/'x').exists()
 
 def mistakes(garden, tmp_path):
