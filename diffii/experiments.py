@@ -8,8 +8,8 @@ __all__ = ['FEW_SHOT_ROWS', 'LONG_TAIL_ROWS', 'SWEEPS', 'BOTH', 'ABLATION', 'PAP
            'clip_weights', 'clip_faithfulness', 'clouds', 'Bench', 'concept_settings', 'get_concepts', 'get_pool',
            'row_settings', 'make_synthetic', 'run_cell', 'measure', 'how_judged', 'published_number',
            'published_ablation', 'read_cells', 'paired_gain', 'row_numbers', 'summarise', 'narrow', 'table_text',
-           'recommended_by', 'usual_row', 'compared', 'verdicts', 'plot_table', 'strength_strips', 'paper_training',
-           'check', 'about_run', 'benchmark', 'report', 'show_results']
+           'recommended_by', 'version_of', 'usual_row', 'compared', 'verdicts', 'plot_table', 'strength_strips',
+           'paper_training', 'check', 'about_run', 'benchmark', 'report', 'show_results']
 
 # %% ../nbs/13a_experiments.ipynb #6417e017
 import json, time
@@ -389,6 +389,8 @@ def recommended_by(model) -> dict: # stage -> settings
     notes = (TINY if model=='tiny' else Path(model))/'diffii.json'
     return read_json(notes) if notes.is_file() else {}
 
+def version_of(model) -> int: return recommended_by(model).get('version',1)
+
 def usual_row(rows:list, setting:str='', model='tiny') -> str|None:
     "Diff-II as it is among the rows of a table: by name; in a sweep the value that the model recommends, or else the paper's."
     from diffii.inversion import InversionSettings
@@ -495,7 +497,7 @@ def check(b:Bench, settings):
 
 # %% ../nbs/13a_experiments.ipynb #b2c40a22
 def about_run(pipe, model, task, dataset, arch, size, training, metaclass, seed, quick, **more) -> dict:
-    "What decides the numbers, as the folder keeps it: of `more` what is not the default, and a fingerprint of a model that is not the shipped one."
+    "What decides the numbers, as the folder keeps it: of `more` what is not the default, the version of the shipped model, or a fingerprint of another."
     from diffii.concepts import model_digest
     from diffii.datasets import DATASETS
     default = dict(tuning=False, concepts=None, root=None, test=None, clip=None, dtype='float32', suffixes=None, flip=True, batch_size=64)
@@ -503,7 +505,8 @@ def about_run(pipe, model, task, dataset, arch, size, training, metaclass, seed,
     for k in ('root','test'): more[k] = more.get(k) and str(Path(more[k]).resolve())
     if more.get('clip'): more['clip'] = ':'.join(more['clip'])
     about = dict(task=task, dataset=dataset, arch=arch, size=size, training=training, model=str(model), metaclass=metaclass, seed=seed, quick=quick)
-    return about | {k: v for k,v in more.items() if v!=default[k] and v!={}} | ({} if model=='tiny' else dict(model_digest=model_digest(pipe)))
+    which = dict(version=version_of(model)) if model=='tiny' else dict(model_digest=model_digest(pipe))
+    return about | {k: v for k,v in more.items() if v!=default[k] and v!={}} | which
 
 def benchmark(task:str='few-shot',     # one of `TASKS`
               dataset:str='digits',    # see `open_world`
@@ -562,7 +565,8 @@ def show_results(out,   # folder of an experiment that was run
     for l in lines: base.setdefault(l['setting'], l['row'])
     now = lambda l: row_numbers([c for c in cells if c['setting']==l['setting']], l['row'], base[l['setting']])
     t = pd.DataFrame([l | now(l) for l in lines]).dropna(axis=1, how='all')
-    print(table_text(t))
+    print(table_text(t)); made = run.get('version',1)
+    if made!=(ships := version_of(run['model'])): print(f"made with version {made} of the model {run['model']}; version {ships} ships")
     for line in how_judged(cells): print(line)
     for r in (None,*rows):
         if found := verdicts(cells, r, run['model']): print(*found, sep='\n')

@@ -196,7 +196,7 @@ def save_tiny(models, folder):
 def train_tiny(work,                                 # folder of the checkpoints
                vae_run:Run=Run(1000, 2e-3),          # stage 1
                unet_runs:tuple=(Run(3200, 1e-3, seed=1, horizon=4500), Run(4500, 1e-3, seed=3, digits=.5), Run(6000, 1e-3, seed=5, digits=.4)), # stage 2, leg after leg
-               decoder_run:Run=Run(1000, 1e-3, seed=2), # stage 3
+               decoder_runs:tuple=(Run(1000, 1e-3, seed=2), Run(3000, 1e-3, seed=6)), # stage 3, likewise
                pics:Pictures|None=None,              # the pictures, by default `base_pictures()`
                each=lambda stage, step, loss, seconds: None # called after every step
               ) -> dict:                             # the trained models
@@ -210,6 +210,7 @@ def train_tiny(work,                                 # folder of the checkpoints
     for leg,run in enumerate(unet_runs, 1):
         loss = denoising_loss(models, mean, std, ids, pics.world, run)
         for o in train_stage(f'denoiser-{leg}', {k: models[k] for k in ('unet','text_encoder')}, loss, run, work): each(f'denoiser-{leg}', *o)
-    loss = decoder_loss(models, pics, mean, std, decoder_run.batch_size)
-    for o in train_stage('decoder', {k: getattr(models['vae'],k) for k in ('decoder','post_quant_conv')}, loss, decoder_run, work): each('decoder', *o)
+    for leg,run in enumerate(decoder_runs, 1):
+        loss = decoder_loss(models, pics, mean, std, run.batch_size)
+        for o in train_stage(f'decoder-{leg}', {k: getattr(models['vae'],k) for k in ('decoder','post_quant_conv')}, loss, run, work): each(f'decoder-{leg}', *o)
     return models

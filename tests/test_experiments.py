@@ -7,24 +7,27 @@ import matplotlib; matplotlib.use('Agg')
 import pytest
 from PIL import Image
 from diffii.core import UserError, differences, read_json
-from diffii.experiments import about_run, benchmark, read_cells, show_results
+from diffii.experiments import about_run, benchmark, read_cells, show_results, version_of
 
 RESULTS = sorted((Path(__file__).parent.parent/'nbs'/'experiments'/'results').glob('*/experiment.json'))
 
 def cli(*args): return subprocess.run([sys.executable, '-m', 'diffii', 'benchmark', *map(str,args)], capture_output=True, text=True)
 
 @pytest.mark.parametrize('file', RESULTS, ids=lambda f: f.parent.name)
-def test_finished_experiments_are_read_and_gone_on_with(file):
-    then = read_json(file); own = {k: then[k] for k in ('tuning','concepts') if k in then}
+def test_finished_experiments_are_read_and_gone_on_with(file, capsys):
+    then = read_json(file); own = {k: then[k] for k in ('tuning','concepts') if k in then}; old = then.get('version',1)!=version_of('tiny')
     now = about_run(None, *(then[k] for k in ('model','task','dataset','arch','size','training','metaclass','seed','quick')), **{**own, 'dtype':'float32'})
-    assert then['model']!='tiny' or differences(then, json.loads(json.dumps(now)))==[]
-    if (file.parent/'table.json').is_file(): assert len(show_results(file.parent))==len(read_json(file.parent/'table.json'))
+    told = differences(then, json.loads(json.dumps(now)))
+    assert then['model']!='tiny' or (told==[] if not old else len(told)==1 and 'version' in told[0])
+    if (file.parent/'table.json').is_file():
+        assert len(show_results(file.parent))==len(read_json(file.parent/'table.json'))
+        assert ('made with version' in capsys.readouterr().out)==old
 
 def test_what_decides_the_numbers_is_recorded(tmp_path):
     common = ('tiny','few-shot','x','small',32,{},'object',0,False)
     assert about_run(None, *common, test=None, clip=None, flip=True, batch_size=64)==about_run(None, *common)
     more = about_run(None, *common, test=tmp_path, clip=('a','b'), flip=False, dtype='float16', batch_size=8, suffixes=['in snow.'], root=tmp_path)
-    assert {k: more[k] for k in list(more)[9:]}==dict(test=str(tmp_path), clip='a:b', flip=False, dtype='float16', batch_size=8, suffixes=['in snow.'])
+    assert {k: more[k] for k in list(more)[9:]}==dict(test=str(tmp_path), clip='a:b', flip=False, dtype='float16', batch_size=8, suffixes=['in snow.'], version=version_of('tiny'))
     assert about_run(None, *common[:2], 'cub', *common[3:], root=tmp_path)['root']==str(tmp_path)
     with patch('diffii.concepts.model_digest', return_value='abc'): assert about_run(None, 'other', *common[1:])['model_digest']=='abc'
 
