@@ -389,7 +389,9 @@ def recommended_by(model) -> dict: # stage -> settings
     notes = (TINY if model=='tiny' else Path(model))/'diffii.json'
     return read_json(notes) if notes.is_file() else {}
 
-def version_of(model) -> int: return recommended_by(model).get('version',1)
+def version_of(model) -> int:
+    "Which version of a model stands here, by its own count: the same name may have had other weights before."
+    return recommended_by(model).get('version',1)
 
 def usual_row(rows:list, setting:str='', model='tiny') -> str|None:
     "Diff-II as it is among the rows of a table: by name; in a sweep the value that the model recommends, or else the paper's."
