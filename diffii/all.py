@@ -5,7 +5,7 @@ from .base.files import UserError
 from .base.images import ImageSet, image_folder, image_table, few_shot, halve
 from .base.methods import METHODS, get_method
 from .base.pipeline import Pipeline, load_pipeline
-from .base.settings import ConceptSettings, InversionSettings, FAST, SynthesisSettings
+from .base.settings import ConceptSettings, FAST, InversionSettings, SamplingSettings
 from .data.aviary import aviary_set, waterbirds_twin
 from .data.digits import digits_set, digit_suffixes
 from .data.paper_sets import DATASETS, paper_dataset

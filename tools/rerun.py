@@ -37,7 +37,7 @@ def rerun(path, slow=False):
         if cell.cell_type != 'code' or passed_over(cell, slow):
             continue
         cell.outputs = shell.run(cell.source)
-        if shell.exc:
+        if shell.exc is not None:
             return f'{path}: {type(shell.exc).__name__}: {shell.exc}\n{cell.source}'
     write_nb(nb, path)
     return None

@@ -415,7 +415,7 @@ def augment(
     from diffii.base.processes import Steps
     from diffii.base.pipeline import load_pipeline
     from diffii.run.runs import synthesize
-    from diffii.base.settings import SynthesisSettings, settings_for
+    from diffii.base.settings import SamplingSettings, settings_for
     from diffii.run.folders import STATE
 
     given = dict(
@@ -444,13 +444,13 @@ def augment(
         balanced=balanced,
         flip=None if flip else False,
     )
-    settings_for(SynthesisSettings, {}, **given)
+    settings_for(SamplingSettings, {}, **given)
     settings_for(
         ConceptSettings, {}, **learning
     )  # wrong options are told before anything is loaded
     check_tracker(tracker)
     prefix(metaclass)
-    _at_least(1, shots=shots, draws=draws, batch_size=batch_size, size=size)
+    _at_least(1, shots=shots, per_image=draws, batch_size=batch_size, size=size)
     _at_least(
         0,
         forward_steps=forward_steps,
@@ -499,7 +499,7 @@ def augment(
             dict(
                 forward_steps=forward_steps,
                 fixed_point_iters=fixed_point_iters,
-                draws=draws,
+                per_image=draws,
                 flip=flip,
                 views=views,
             ),

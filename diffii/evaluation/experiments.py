@@ -92,9 +92,9 @@ LONG_TAIL_ROWS = (
 
 # task: which settings, the setting, its values
 SWEEPS = dict(
-    split=('synthesis', 'split_ratio', (0, 0.1, 0.3, 0.5, 0.7, 0.9, 1)),
-    expansion=('synthesis', 'expansion', (1, 2, 5, 10)),
-    guidance=('synthesis', 'guidance_scale', (1, 2, 4, 7.5)),
+    split=('sampling', 'split_ratio', (0, 0.1, 0.3, 0.5, 0.7, 0.9, 1)),
+    expansion=('sampling', 'expansion', (1, 2, 5, 10)),
+    guidance=('sampling', 'guidance_scale', (1, 2, 4, 7.5)),
     forward=('inversion', 'forward_steps', (2, 8, 14, 20)),
 )
 
@@ -107,7 +107,7 @@ def sweep(task, values=None) -> list:
     def row(v):
         return Row(
             f'{setting}={v:g}',
-            dict(method='diff-ii', **({setting: v} if of == 'synthesis' else {})),
+            dict(method='diff-ii', **({setting: v} if of == 'sampling' else {})),
             inversion={setting: v} if of == 'inversion' else {},
         )
 
@@ -133,7 +133,7 @@ ABLATION = [
     Row(
         f'{BOTH}, plain inversion',
         dict(method='diff-ii'),
-        inversion=dict(forward_steps=0, fixed_point_iters=0, draws=1),
+        inversion=dict(forward_steps=0, fixed_point_iters=0, per_image=1),
     ),
 ]
 
@@ -506,12 +506,12 @@ def get_pool(b: Bench, setting, trial, train, concepts, settings):
 # %% ../../nbs/evaluation/experiments.ipynb #b2c40a15
 def row_settings(
     b: Bench, setting, row
-):  # -> (settings of `synthesize`, of the inversions, the former as `SynthesisSettings`)
+):  # -> (settings of `synthesize`, of the inversions, the former as `SamplingSettings`)
     "The settings of a row that makes images: its own, the model's, the paper's. Raises `UserError` for those that cannot be."
     from diffii.base.settings import InversionSettings
-    from diffii.base.settings import settings_for, SynthesisSettings
+    from diffii.base.settings import settings_for, SamplingSettings
 
-    recommended = b.pipe.recommended.get('synthesis', {})
+    recommended = b.pipe.recommended.get('sampling', {})
     kw = {
         **{
             k: v
@@ -521,7 +521,7 @@ def row_settings(
         **(dict(expansion=1, steps=5) if b.quick else {}),
         **row.synthesis,
     }
-    cfg = settings_for(SynthesisSettings, recommended, **kw)
+    cfg = settings_for(SamplingSettings, recommended, **kw)
     inversion = dict(steps=cfg.steps, flip=b.world.flip, **row.inversion)
     InversionSettings.of(b.pipe, **inversion)
     return kw, inversion, cfg
@@ -870,7 +870,7 @@ def version_of(model) -> int:
 def usual_row(rows: list, setting: str = '', model='tiny') -> str | None:
     "Diff-II as it is among the rows of a table: by name; in a sweep the value that the model recommends, or else the paper's."
     from diffii.base.settings import InversionSettings
-    from diffii.base.settings import SynthesisSettings
+    from diffii.base.settings import SamplingSettings
 
     for r in ('diff-ii', BOTH):
         if r in rows:
@@ -881,7 +881,7 @@ def usual_row(rows: list, setting: str = '', model='tiny') -> str | None:
     )
     for of, k, _ in SWEEPS.values():
         default = (
-            asdict(SynthesisSettings() if of == 'synthesis' else InversionSettings())
+            asdict(SamplingSettings() if of == 'sampling' else InversionSettings())
             | paper
             | recommended_by(model).get(of, {})
         )

@@ -69,12 +69,12 @@ def one_by_one(
     from diffii.base.pipeline import load_pipeline
     from diffii.method.concepts import named_concepts
     from diffii.method.inversion import ddim_invert, InversionPool
-    from diffii.base.settings import SynthesisSettings
+    from diffii.base.settings import SamplingSettings
     from diffii.method.synthesis import make_plan, make_batch
     import torch
 
     t = dict(loading=0.0, inverting=0.0, sampling=0.0, unet=0.0)
-    cfg = SynthesisSettings(expansion=expansion, **settings)
+    cfg = SamplingSettings(expansion=expansion, **settings)
     for k in range(len(images.classes)):
         a = time.perf_counter()
         pipe = load_pipeline(model, batch_size=2)
@@ -156,7 +156,7 @@ def together(
             folder,
             suffixes,
             concepts=named_concepts(pipe, images),
-            inversion_settings=dict(forward_steps=0, fixed_point_iters=0, draws=1),
+            inversion_settings=dict(forward_steps=0, fixed_point_iters=0, per_image=1),
             progress=mark,
             expansion=expansion,
             **settings,

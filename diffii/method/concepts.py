@@ -418,7 +418,7 @@ def sample_row(
     pipe: Pipeline, prompts: list, seed: int = 0, steps: int = 10
 ) -> np.ndarray:  # (height, n*width, 3) uint8
     "A quick picture for each prompt, side by side: a few DDIM steps from a noise of its own. One at a time, since training has the memory."
-    scale = pipe.recommended.get('synthesis', {}).get('guidance_scale', 7.5)
+    scale = pipe.recommended.get('sampling', {}).get('guidance_scale', 7.5)
     shape = (
         1,
         pipe.unet.config.in_channels,

@@ -170,9 +170,9 @@ def _category_views(
         for im in v.values():
             take(im)
     return (
-        ims * cfg.draws,
-        [n + (f'@{j}' if j else '') for j in range(cfg.draws) for n in names],
-        digests * cfg.draws,
+        ims * cfg.per_image,
+        [n + (f'@{j}' if j else '') for j in range(cfg.per_image) for n in names],
+        digests * cfg.per_image,
     )
 
 
@@ -247,9 +247,7 @@ def _invert_group(
         return [z.clone() for z in x0.split(sizes)]
     noise = torch.stack(
         [
-            torch.randn(
-                x0.shape[1:], generator=generator(cfg.inversion_noise_seed, 'invert', n)
-            )
+            torch.randn(x0.shape[1:], generator=generator(cfg.noise_seed, 'invert', n))
             for k in group
             for n in views[k][1]
         ]
@@ -259,11 +257,11 @@ def _invert_group(
         x0,
         pipe.encode_prompts([concepts.prompt(k) for k in labels]),
         cfg.steps,
-        cfg.inversion_guidance,
+        cfg.guidance_scale,
         cfg.forward_steps,
         cfg.fixed_point_iters,
         noise,
-        pipe.encode_prompts([''] * len(ims)) if cfg.inversion_guidance != 1 else None,
+        pipe.encode_prompts([''] * len(ims)) if cfg.guidance_scale != 1 else None,
     )
     return [z.clone() for z in z.split(sizes)]
 

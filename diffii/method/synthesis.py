@@ -12,7 +12,9 @@ from ..base.files import folder_name
 from ..base.methods import METHODS
 from ..base.pipeline import Pipeline
 from ..base.seeds import generator
-from ..base.settings import SynthesisSettings, first_step, n_suffixed
+from ..base.settings import SamplingSettings
+from .denoising import n_suffixed
+from .diffusion import first_step
 from .concepts import Concepts
 from .denoising import two_stage_denoise
 from .diffusion import ddim_grid, noised
@@ -117,7 +119,7 @@ def make_plan(
     classes: tuple,
     pool: InversionPool | None,
     suffixes: list,
-    cfg: SynthesisSettings,
+    cfg: SamplingSettings,
     counts,  # real images of each category
     model: str,
     seed: int,
@@ -270,6 +272,6 @@ def circle_strip(
                 z,
                 pipe.encode_prompts([concepts.prompt(k)] * n),
                 guidance_scale=guidance_scale
-                or pipe.recommended.get('synthesis', {}).get('guidance_scale', 7.5),
+                or pipe.recommended.get('sampling', {}).get('guidance_scale', 7.5),
             )
         )

@@ -28,10 +28,10 @@ from ..base.processes import check_tracker, processes
 from diffii.base.settings import (
     ConceptSettings,
     InversionSettings,
-    SynthesisSettings,
-    n_suffixed,
+    SamplingSettings,
     settings_for,
 )
+from ..method.denoising import n_suffixed
 from diffii.method.concepts import (
     Concepts,
     check_learning,
@@ -169,7 +169,7 @@ def _finish(out, run):
 
     done = [r for r in _final_rows(out / STATE) if (out / r['file_name']).is_file()]
     again = sum(r['attempt'] > 0 for r in done)
-    m = run['synthesis']['method']
+    m = run['sampling']['method']
     _write_rows(out / 'metadata.jsonl', done)
     with atomic(out / 'README.md') as tmp:
         tmp.write_text(
@@ -207,14 +207,14 @@ def synthesize(
     sample_every: int = 500,  # what follows the learning of concepts, see `learn_concepts`; no part of the run's settings
     pool: InversionPool
     | None = None,  # built before, from these images under these concepts; by default it is built here and kept in the folder
-    **settings,  # of `SynthesisSettings`, as `method='diff-mix'`; by default the model's recommendation, then the paper's
+    **settings,  # of `SamplingSettings`, as `method='diff-mix'`; by default the model's recommendation, then the paper's
 ) -> SyntheticSet:
     "Make `expansion` synthetic images for every real one, by Diff-II or another of `METHODS`. Raises `UserError` for unusable input, before anything is written."
     from filelock import FileLock, Timeout
 
     out = Path(out)
     cfg = settings_for(
-        SynthesisSettings, pipe.recommended.get('synthesis', {}), **settings
+        SamplingSettings, pipe.recommended.get('sampling', {}), **settings
     )
     learn = METHODS[cfg.method].learn
     ccfg = ConceptSettings.of(
@@ -229,7 +229,7 @@ def synthesize(
         **{
             'steps': cfg.steps,
             **(inversion_settings or {}),
-            **({} if cfg.start == 'circle' else {'steps': 0, 'draws': 1}),
+            **({} if cfg.start == 'circle' else {'steps': 0, 'per_image': 1}),
         },
     )
     check_tracker(tracker)
@@ -244,7 +244,7 @@ def synthesize(
         seed=seed,
         size=pipe.size,
         dtype=pipe.dtype_name,
-        synthesis=asdict(cfg),
+        sampling=asdict(cfg),
         concepts=asdict(ccfg) if learn != 'none' else None,
         inversion=asdict(icfg),
         batch_size=pipe.batch_size,
@@ -569,7 +569,7 @@ def status(
         else f'{step()} of {run["concepts"]["steps"]} steps'
     )
     return dict(
-        method=run['synthesis']['method'],
+        method=run['sampling']['method'],
         model=run['model'],
         concepts=learned,
         inverted=f'{len(list((state / "pool").glob("*.safetensors")))} of {len(run["classes"])} categories',

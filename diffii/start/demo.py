@@ -153,7 +153,7 @@ def _made(sets) -> dict:
         inversions={k: sum(s[k] for s in stats) / len(stats) for k in stats[0]},
         settings={
             f'{g}: {k}': v
-            for g in ('concepts', 'inversion', 'synthesis')
+            for g in ('concepts', 'inversion', 'sampling')
             for k, v in run[g].items()
         },
     )
