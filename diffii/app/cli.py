@@ -478,13 +478,13 @@ def augment(
             say(SMALL_MODEL)
         pipe = load_pipeline(
             model,
-            device,
-            dtype,
-            variant,
-            size,
-            batch_size,
-            safety_checker,
-            'inductor' if compile else None,
+            device=device,
+            dtype=dtype,
+            variant=variant,
+            size=size,
+            batch_size=batch_size,
+            safety_checker=safety_checker,
+            compile=compile,
         )
         S = synthesize(
             pipe,
@@ -830,11 +830,11 @@ def remake(
     )
     pipe = load_pipeline(
         model or run['model'],
-        device,
-        dtype or run.get('dtype', 'float32'),
-        variant,
-        run['size'],
-        run['batch_size'],
+        device=device,
+        dtype=dtype or run.get('dtype', 'float32'),
+        variant=variant,
+        size=run['size'],
+        batch_size=run['batch_size'],
     )
     save_png(to, again(pipe, folder, file_name))
     print(to)

@@ -23,6 +23,7 @@ from importlib.resources import files
 from typing import Any
 from .files import UserError, read_json, require
 from .processes import processes
+from .settings import ModelSettings, settings_for
 
 # %% ../../nbs/base/pipeline.ipynb #c218f1a1
 @dataclass
@@ -68,7 +69,7 @@ class Pipeline:
         default_factory=dict
     )  # settings that suit this model, by stage
     batch_size: int = 64  # images per U-Net call
-    at_once: int | None = (
+    micro_batch: int | None = (
         None  # images that memory has room for, see `in_parts`; by default `batch_size`
     )
     cache: dict = field(
@@ -79,7 +80,21 @@ class Pipeline:
     )
 
     def __post_init__(self):
-        self.at_once = self.at_once or self.batch_size
+        self.micro_batch = self.micro_batch or self.batch_size
+
+    @property
+    def at_once(self):  # until all callers have moved
+        return self.micro_batch
+
+    @at_once.setter
+    def at_once(self, n):
+        self.micro_batch = n
+
+    @property
+    def latent_shape(self) -> tuple:  # (channels, height, width)
+        "The shape of one image's latent."
+        side = self.size // self.pipe.vae_scale_factor
+        return self.unet.config.in_channels, side, side
 
     @property
     def unet(self):
@@ -168,21 +183,20 @@ def _load_diffusers(model, folder, dtype, variant, safety_checker):
 
 # %% ../../nbs/base/pipeline.ipynb #01a19d8a
 def load_pipeline(
-    model: str = 'tiny',  # hub id, as 'stable-diffusion-v1-5/stable-diffusion-v1-5', folder, or 'tiny' for the shipped model
-    device: str | None = None,  # by default the accelerator's, and the CPU without one
-    dtype: str = 'float32',  # 'float32', 'float16' or 'bfloat16'; what is trained stays float32
-    variant: str | None = None,  # as 'fp16', where the files have one
-    size: int | None = None,  # side of the images in pixels; by default the model's own
-    batch_size: int = 64,  # images per U-Net call
-    safety_checker: bool = False,  # keep the checkpoint's safety checker, for `Pipeline.flagged`
-    compile: str
-    | None = None,  # backend of torch.compile, as 'inductor': the first calls take a minute or more, the others less time
+    model: str | ModelSettings = 'tiny',  # hub id, folder, or 'tiny'; or all settings
+    **settings,  # of `ModelSettings`, by name; None is the default
 ) -> Pipeline:
     "Load a Stable Diffusion checkpoint. Raises `UserError` when it cannot be found or is of another kind."
-    require(
-        dtype in ('float32', 'float16', 'bfloat16'),
-        f'--dtype {dtype}: one of float32, float16, bfloat16',
-    )
+    if not isinstance(model, ModelSettings):
+        model = settings_for(ModelSettings, {}, model=model, **settings)
+    return _load(**vars(model))
+
+
+def _compile_unet(unet, backend='inductor'):
+    return torch.compile(unet, dynamic=True, backend=backend)
+
+
+def _load(model, device, dtype, variant, size, batch_size, safety_checker, compile):
     folder = TINY if model == 'tiny' else Path(model) if Path(model).is_dir() else model
     pipe = _load_diffusers(
         model, folder, getattr(torch, dtype), variant, safety_checker
@@ -219,9 +233,7 @@ def load_pipeline(
     notes = Path(folder) / 'diffii.json'
     side = pipe.unet.config.sample_size
     side = side if isinstance(side, int) else side[0]
-    compiled = (
-        torch.compile(pipe.unet, dynamic=True, backend=compile) if compile else None
-    )
+    compiled = _compile_unet(pipe.unet) if compile else None
     return Pipeline(
         pipe,
         model,
@@ -270,12 +282,12 @@ def in_parts(
     per: int = 1,  # images that an item puts into a call
     side_by_side: bool = False,  # on a CPU, may slices run next to each other? They do, on two threads
 ) -> list:  # what `fn` returned for each slice
-    "A job in even slices of at most `at_once` images; in halves, from its start, where memory runs out. Raises `UserError` when one image is too much."
+    "A job in even slices of at most `micro_batch` images; in halves, from its start, where memory runs out. Raises `UserError` when one image is too much."
     from accelerate.utils.memory import clear_device_cache
 
-    began = self.at_once
+    began = self.micro_batch
     while True:
-        count = math.ceil(n / max(1, self.at_once // per))
+        count = math.ceil(n / max(1, self.micro_batch // per))
         size = math.ceil(n / max(1, count))
         try:
             out = _each(
@@ -288,18 +300,18 @@ def in_parts(
             if not out_of_memory(e):
                 raise
         room = (
-            min(self.at_once, n * per) // 2
+            min(self.micro_batch, n * per) // 2
         )  # out here the failed call's tensors are free
         require(
             room,
             'memory ran out with one image at a time, where a smaller --batch-size is no help; free memory, and the same command '
             'goes on from here, or begin anew with --dtype float16 or a smaller --size',
         )
-        self.at_once = room
+        self.micro_batch = room
         clear_device_cache(garbage_collection=True)
-    if self.at_once < began:
+    if self.micro_batch < began:
         warnings.warn(
-            f'memory ran out with {began} images at a time; {self.at_once} from here on'
+            f'memory ran out with {began} images at a time; {self.micro_batch} from here on'
         )
     return out
 
@@ -473,7 +485,7 @@ def predict_guided(
     "The guided noise prediction: one call of the U-Net on both prompts, two where memory has room for one image."
     if scale == 1:
         return self.predict_eps(x, t, cond)
-    if self.at_once == 1:
+    if self.micro_batch == 1:
         u, e = self.predict_eps(x, t, negative), self.predict_eps(x, t, cond)
     else:
         u, e = self.predict_eps(

@@ -1188,7 +1188,9 @@ def benchmark(
         task,
         Path(out),
         w,
-        load_pipeline(model, device, dtype, variant, None, batch_size),
+        load_pipeline(
+            model, device=device, dtype=dtype, variant=variant, batch_size=batch_size
+        ),
         arch,
         size,
         training,

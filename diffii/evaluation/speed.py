@@ -119,7 +119,7 @@ def together(
     expansion,
     batch_size=64,
     folder=None,
-    compile=None,
+    compile=False,
     **settings,
 ) -> dict:
     "This package: load once, mix categories in a batch, write images while the next are made."
@@ -188,7 +188,7 @@ def speed_table(
         **(
             {
                 'together, compiled': lambda d: together(
-                    model, s, suffixes, expansion, folder=d, compile='inductor', **EXACT
+                    model, s, suffixes, expansion, folder=d, compile=True, **EXACT
                 )
             }
             if compile
