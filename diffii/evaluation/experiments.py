@@ -31,7 +31,7 @@ from diffii.base.files import (
 )
 from ..base.pictures import grid
 from ..base.seeds import seed_of
-from ..data.sets import World, load_world
+from ..data.sets import DataSet, shipped_set
 from ..run.folders import claim
 
 # %% ../../nbs/evaluation/experiments.ipynb #b1e4ccb7
@@ -291,7 +291,7 @@ def open_world(
     tuning: bool = False,
     suffixes=None,  # see `choose_suffixes`; by default the world's own
     flip: bool = True,  # False: mirrored images are not of the same category
-) -> World:  # of the paper's data sets, `suffixes` is None: each setting has its own
+) -> DataSet:  # of the paper's data sets, `suffixes` is None: each setting has its own
     "The data of an experiment."
     from diffii.base.images import image_folder
     from diffii.data.paper_sets import DATASETS
@@ -304,7 +304,7 @@ def open_world(
     )
     own = read_suffixes(suffixes) if suffixes else None
     if dataset in ('digits', 'aviary'):
-        w = load_world(dataset, tuning)
+        w = shipped_set(dataset, tuning)
     elif dataset in DATASETS:
         w = _paper_world(dataset, root)
     else:
@@ -312,7 +312,7 @@ def open_world(
             Path(dataset).is_dir(),
             f'--dataset {dataset}: neither a folder nor one of digits, aviary, {", ".join(DATASETS)}',
         )
-        w = World(
+        w = DataSet(
             Path(dataset).name,
             image_folder(dataset, metaclass),
             None,
@@ -339,10 +339,10 @@ def _paper_world(dataset, root):
         tail = lambda: halve(
             paper_dataset('flower', root, 'all')
         )  # one half to draw from, the other for testing
-    return World(dataset, pool, None, test, None, True, tail=tail, shifted=shifted)
+    return DataSet(dataset, pool, None, test, None, True, tail=tail, shifted=shifted)
 
 # %% ../../nbs/evaluation/experiments.ipynb #c19a6ba0
-def train_judge(w: World, classes, seed=0, quick=False, device=None):
+def train_judge(w: DataSet, classes, seed=0, quick=False, device=None):
     "A classifier that has seen plenty of real images of a world's categories, or None where there are none."
     from diffii.method.classifier import train_classifier
 
@@ -427,7 +427,7 @@ class Bench:
 
     task: str
     out: Path
-    world: World
+    world: DataSet
     pipe: object
     arch: str = 'small'
     size: int = 32

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..base.files import atomic, read_json, require, write_json
 from ..base.pictures import grid
 from ..base.processes import Steps
-from ..data.sets import load_world
+from ..data.sets import shipped_set
 from ..method.synthesis import circle_strip
 from ..run.folders import claim
 
@@ -74,7 +74,7 @@ def demo(
     steps = steps or Steps()
     began = time.time()
     require(trials >= 1, f'--trials {trials}: give a number of 1 or more')
-    w = load_world(data)
+    w = shipped_set(data)
     draws = [few_shot(w.pool, shots, seed + t)[0] for t in range(trials)]
     pipe = load_pipeline(model)
     claim(
