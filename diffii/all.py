@@ -9,7 +9,7 @@ from .base.settings import ConceptSettings, FAST, InversionSettings, SamplingSet
 from .data.aviary import aviary_set, waterbirds_twin
 from .data.digits import digits_set, digit_suffixes
 from .data.paper_sets import DATASETS, paper_dataset
-from .data.sets import World, load_world
+from .data.sets import DataSet, shipped_set
 from .method.classifier import train_classifier, evaluate, CMO, DRW
 from .method.concepts import Concepts, learn_concepts, named_concepts
 from .method.denoising import two_stage_denoise
