@@ -29,7 +29,7 @@ from .run.captioners import (
     get_captioner,
     get_summariser,
 )
-from .run.concept_files import import_concepts, open_concepts
+from .run.concept_files import export_concepts, import_concepts, open_concepts
 from .run.runs import (
     SyntheticSet,
     synthesize,

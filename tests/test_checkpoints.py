@@ -9,13 +9,13 @@ from diffii.base.files import UserError
 from diffii.base.images import ImageSet
 from diffii.method.concepts import (
     Concepts,
-    _start_rows,
+    start_embeddings,
     learn_concepts,
     read_weights,
     sample_row,
 )
 from diffii.base.settings import ConceptSettings
-from diffii.run.concept_files import FORMATS, import_concepts
+from diffii.run.concept_files import FORMATS, export_concepts, import_concepts
 from diffii.base.pipeline import model_digest, same_model
 from diffii.method.denoising import two_stage_denoise
 from diffii.method.inversion import InversionPool
@@ -37,6 +37,11 @@ TREES = ImageSet(
 LEARN = dict(
     steps=3, batch_size=4, rank=2, lr=1e-2, token_lr=1e-2, weight_decay=0.0, flip=False
 )
+
+
+def learn(**given):
+    "Settings of a short learning."
+    return ConceptSettings(**{**LEARN, **given})
 
 
 def clip_vocabulary(folder, pad):
@@ -300,17 +305,18 @@ def test_from_images_to_images(checkpoint, kind, dtype):
         getattr(torch, dtype),
     ) and pipe.vae.dtype == (torch.float32 if kind == 'xl' else pipe.dtype)
     before = weights(pipe)
-    got = learn_concepts(pipe, TREES, n_tokens=2, **LEARN)
+    got = learn_concepts(pipe, TREES, learn(n_tokens=2))
     after = weights(pipe)
     assert before.keys() == after.keys() and all(
         torch.equal(v, after[k]) for k, v in before.items()
     )  # nothing else moved
     assert (
-        len(got.rows) == len(pipe.text_parts) == (2 if kind == 'xl' else 1)
+        len(got.embeddings) == len(pipe.text_parts) == (2 if kind == 'xl' else 1)
         and np.isfinite(got.log).all()
     )
     for r, s in zip(
-        got.rows, _start_rows(pipe, 4, ConceptSettings(**got.settings), 'tree', 0)
+        got.embeddings,
+        start_embeddings(pipe, 4, ConceptSettings(**got.settings), 'tree', 0),
     ):
         assert (
             r.dtype == torch.float32
@@ -328,7 +334,7 @@ def test_from_images_to_images(checkpoint, kind, dtype):
             p.dtype
             for m in (pipe.unet, pipe.pipe.text_encoder)
             for k, p in m.named_parameters()
-            if 'lora_' in k or 'rows' in k
+            if 'lora_' in k or 'extra' in k
         } == {torch.float32}
         assert sample_row(pipe, [got.prompt(0), got.prompt(1)]).shape == (
             16,
@@ -388,7 +394,7 @@ def test_denoising_is_diffusers_own(checkpoint, kind):
 def test_sdxl_reads_the_whole_prompt(checkpoint):
     "The pooled vector stands at the end of the prompt, also with new words, whose ids are larger than the end's."
     pipe = load(checkpoint('xl'))
-    got = learn_concepts(pipe, TREES, **LEARN)
+    got = learn_concepts(pipe, TREES, learn())
     with torch.inference_mode():
         theirs = pipe.pipe.encode_prompt(
             'a photo of a bird in the rain.',
@@ -415,7 +421,7 @@ def test_one_model_in_several_precisions(checkpoint, tmp_path):
     assert same_model(model_digest(full), model_digest(half16)) and same_model(
         model_digest(half), model_digest(half16)
     )
-    got = learn_concepts(full, TREES, **LEARN)
+    got = learn_concepts(full, TREES, learn())
     torch.testing.assert_close(
         eps_with(got, half), eps_with(got, full), atol=0.1, rtol=0.1
     )
@@ -558,8 +564,8 @@ def test_what_diff_mix_publishes(checkpoint, tmp_path):
     from safetensors.torch import save_file
 
     pipe = load(checkpoint('sd1'))
-    got = learn_concepts(pipe, TREES, **LEARN)
-    rows = torch.nn.Parameter(got.rows[0].flip(0))[
+    got = learn_concepts(pipe, TREES, learn())
+    rows = torch.nn.Parameter(got.embeddings[0].flip(0))[
         [0, 1]
     ]  # as theirs: rows of a parameter, with a gradient
     names = {'F-16A/B': '<class_0>', 'Black footed Albatross': '<class_1>'}
@@ -584,8 +590,8 @@ def test_what_diff_mix_publishes(checkpoint, tmp_path):
             back.base,
         ) == (1, 2, got.base)
         assert (
-            torch.equal(back.rows[0], got.rows[0])
-            and not back.rows[0].requires_grad
+            torch.equal(back.embeddings[0], got.embeddings[0])
+            and not back.embeddings[0].requires_grad
             and torch.equal(eps_with(back, pipe), eps_with(got, pipe))
         )
     assert import_concepts(pipe, tmp_path).classes == tuple(names)
@@ -618,15 +624,15 @@ def test_what_diff_mix_publishes(checkpoint, tmp_path):
 @pytest.mark.parametrize('kind', ('sd2-v', 'xl'))
 def test_out_and_in_again(checkpoint, tmp_path, kind, form):
     pipe = load(checkpoint(kind))
-    got = learn_concepts(pipe, TREES, n_tokens=1 if form == 'diff-mix' else 3, **LEARN)
+    got = learn_concepts(pipe, TREES, learn(n_tokens=1 if form == 'diff-mix' else 3))
     if (kind, form) == ('xl', 'diff-mix'):
-        return fails(lambda: got.export(tmp_path, form), 'one text encoder')
-    got.export(tmp_path, form)
+        return fails(lambda: export_concepts(got, tmp_path, form), 'one text encoder')
+    export_concepts(got, tmp_path, form)
     back = import_concepts(pipe, tmp_path, classes=TREES.classes, metaclass='tree')
     assert torch.equal(eps_with(back, pipe), eps_with(got, pipe))
     assert [back.settings[k] for k in ('n_tokens', 'rank')] == [
         got.settings[k] for k in ('n_tokens', 'rank')
-    ] and all(torch.equal(a, b) for a, b in zip(back.rows, got.rows))
+    ] and all(torch.equal(a, b) for a, b in zip(back.embeddings, got.embeddings))
     back.save(tmp_path / 'again')
     assert torch.equal(
         eps_with(Concepts.load(tmp_path / 'again'), pipe), eps_with(got, pipe)
@@ -683,11 +689,12 @@ def test_textual_inversion_files(checkpoint, tmp_path):
     )
     for k, c in enumerate(got.classes):
         assert torch.equal(
-            import_concepts(pipe, tmp_path / f'bin-{c}', classes=[c]).rows[0], rows[k]
+            import_concepts(pipe, tmp_path / f'bin-{c}', classes=[c]).embeddings[0],
+            rows[k],
         ) and torch.equal(
             import_concepts(
                 pipe, tmp_path / f'bin-{c}', classes={'tree 1': f'<{c}>'}
-            ).rows[0],
+            ).embeddings[0],
             rows[k],
         )
     torch.save({'<ash>': torch.full((width,), float('nan'))}, tmp_path / 'nan.bin')

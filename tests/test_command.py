@@ -163,14 +163,14 @@ def test_another_method_is_watched_and_made_again(cli, garden, tmp_path):
 def test_concepts_in_published_formats(cli, garden, tmp_path):
     "What one run learned, in the files of other programs, gives the next run the same pictures."
     from diffii.method.concepts import Concepts
-    from diffii.run.concept_files import FORMATS
+    from diffii.run.concept_files import FORMATS, export_concepts
 
     common = ('augment', garden, '--metaclass', 'flower', *QUICK)
     cli(*common, '--tokens', 1, '--out', tmp_path / 'learned')
     got = Concepts.load(tmp_path / 'learned' / '.diffii' / 'concepts')
     assert got.lora
     for form in FORMATS:
-        got.export(tmp_path / form, form)
+        export_concepts(got, tmp_path / form, form)
         (tmp_path / form / 'concepts.json').unlink(missing_ok=True)
         if form == 'diffusers':
             continue  # without our list of names nothing says which category <c0> is

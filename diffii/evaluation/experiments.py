@@ -473,17 +473,19 @@ def concept_settings(b: Bench, setting, learn) -> dict:
 
 def get_concepts(b: Bench, setting, trial, train, learn):
     "The concepts of a trial, learned once for all rows that learn the same."
+    from diffii.base.settings import ConceptSettings
     from diffii.method.concepts import learn_concepts
 
     if learn == 'none':
         return None
+    given = concept_settings(b, setting, learn)
     return learn_concepts(
         b.pipe,
         train,
+        ConceptSettings.of(b.pipe, train.metaclass, **given),
         b.seed + trial,
         b.work(setting, trial, learn),
         lambda s, n, loss: b.progress(f'{setting.name} {trial}: {learn}', s, n),
-        **concept_settings(b, setting, learn),
     )
 
 

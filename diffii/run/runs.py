@@ -402,7 +402,10 @@ def _get_concepts(pipe, images, seed, folder, given, settings, learn, progress):
     if (folder / 'concepts.json').exists():
         return Concepts.load(folder)
     if given is None:
-        return learn_concepts(pipe, images, seed, folder, progress, **settings)
+        watch = dict(tracker=settings.pop('tracker', None))
+        watch['sample_every'] = settings.pop('sample_every', 500)
+        cfg = ConceptSettings.of(pipe, images.metaclass, **settings)
+        return learn_concepts(pipe, images, cfg, seed, folder, progress, **watch)
     if processes().is_main_process:
         given.save(folder)
     return given
