@@ -4,25 +4,29 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'LR_SCHEDULES', 'SOLVERS', 'INTERPOLATIONS', 'FAST', 'setting', 'Spec', 'specs', 'read_value', 'Group',
-           'recommended', 'settings_for', 'ImageSettings', 'ModelSettings', 'ConceptSettings', 'InversionSettings',
-           'SamplingSettings', 'ContextSettings', 'RunSettings', 'Settings', 'group_kinds', 'checked_groups', 'checked',
-           'ClassifierSettings', 'DataSettings', 'TrialSettings', 'BenchmarkSettings', 'read_config', 'config_text']
+           'recommended', 'settings_for', 'model_notes', 'ImageSettings', 'ModelSettings', 'ConceptSettings',
+           'InversionSettings', 'SamplingSettings', 'ContextSettings', 'RunSettings', 'Settings', 'group_kinds',
+           'checked_groups', 'checked', 'ClassifierSettings', 'DataSettings', 'TrialSettings', 'BenchmarkSettings',
+           'read_config', 'config_text']
 
-# %% ../../nbs/base/settings.ipynb #de39a6e0
+# %% ../../nbs/base/settings.ipynb #97aef22f
+import inspect
 import json
 import math
 import textwrap
 import typing
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated
 
-from .files import UserError, require
+from .files import UserError, read_json, require
 from .methods import METHODS
 
-# %% ../../nbs/base/settings.ipynb #3cebd809
+# %% ../../nbs/base/settings.ipynb #8f5f5925
 def setting(
     default,
     option: str | bool = '',  # the command's option; by default the field's name
@@ -38,7 +42,7 @@ def setting(
         default=default, metadata={**about, 'choices': choices, 'first': first}
     )
 
-# %% ../../nbs/base/settings.ipynb #1a2c712b
+# %% ../../nbs/base/settings.ipynb #851960cf
 @dataclass(frozen=True)
 class Spec:
     "One setting, as its field and its comment tell it."
@@ -61,25 +65,39 @@ class Spec:
 
 
 @lru_cache
-def specs(group: type) -> tuple:  # of `Spec`
-    "The settings of a dataclass, in their order."
+def specs(
+    source: Callable,  # a dataclass, or a function
+) -> tuple:  # of `Spec`
+    "The settings of a dataclass in their order, or the plain parameters of a function."
     from fastcore.docments import docments
 
-    docs, kinds = docments(group, full=False), typing.get_type_hints(group)
-    return tuple(_spec(f, kinds[f.name], docs.get(f.name) or '') for f in fields(group))
+    docs, kinds = docments(source, full=False), typing.get_type_hints(source)
+    if isinstance(source, type):
+        found = [(f.name, _default(f), dict(f.metadata)) for f in fields(source)]
+    else:
+        parameters = inspect.signature(source).parameters.values()
+        found = [(p.name, p.default, {}) for p in parameters if p.name in kinds]
+    return tuple(
+        _spec(name, kinds[name], default, docs.get(name) or '', about)
+        for name, default, about in found
+    )
 
 
-def _spec(f, kind, doc):
-    "One field of a dataclass as a `Spec`."
+def _default(f):
+    "The default of a dataclass field."
+    return f.default_factory() if f.default is MISSING else f.default
+
+
+def _spec(name, kind, default, doc, about):
+    "What a name, its annotation and its comment say, as a `Spec`."
     parts = typing.get_args(kind) if isinstance(kind, UnionType) else (kind,)
     kind = next(p for p in parts if p is not NoneType)
     many = typing.get_origin(kind) is tuple  # as tuple[float, ...]
     kind = typing.get_args(kind)[0] if many else kind
-    default = f.default_factory() if f.default is MISSING else f.default
     doc = ' '.join(doc.split())
-    return Spec(f.name, kind, many, NoneType in parts, default, doc, dict(f.metadata))
+    return Spec(name, kind, many, NoneType in parts, default, doc, about)
 
-# %% ../../nbs/base/settings.ipynb #e6bf6135
+# %% ../../nbs/base/settings.ipynb #5a4c0c09
 WORDS = {int: 'a whole number', float: 'a number', str: 'text', bool: 'true or false'}
 
 
@@ -145,7 +163,7 @@ def _convert(spec, value, name):
         raise wrong
     return got
 
-# %% ../../nbs/base/settings.ipynb #56680b85
+# %% ../../nbs/base/settings.ipynb #7de61129
 @dataclass
 class Group:
     "Settings that belong together; every value is checked when the object is made."
@@ -172,9 +190,14 @@ class Group:
         return settings_for(cls, recommended(cls, pipe, metaclass), **given)
 
 
-def recommended(group: type, pipe, metaclass='') -> dict:
-    "What the model of `pipe` recommends for a group of settings."
-    found = dict(getattr(pipe, 'recommended', {}).get(group.stage, {}))
+def recommended(
+    group: type,  # a class of settings
+    pipe,  # a loaded `Pipeline`, or the dict of a `diffii.json`; None for no model
+    metaclass: str = '',
+) -> dict:
+    "What a model recommends for a group of settings."
+    notes = pipe if isinstance(pipe, dict) else getattr(pipe, 'recommended', {})
+    found = dict(notes.get(group.stage, {}))
     by_metaclass = found.pop('by_metaclass', {})
     return {**found, **by_metaclass.get(metaclass, {})}
 
@@ -185,7 +208,14 @@ def settings_for(group: type, usual: dict, **given):
     usual = {k: v for k, v in usual.items() if k in names}
     return group(**{**usual, **checked(group, given)})
 
-# %% ../../nbs/base/settings.ipynb #01574712
+# %% ../../nbs/base/settings.ipynb #465c87d4
+def model_notes(model: str) -> dict:  # stage -> settings, and the model's version
+    "What `diffii.json` beside a model says; nothing for a model that is not a folder here."
+    folder = Path(str(files('diffii'))) / 'tiny' if model == 'tiny' else Path(model)
+    file = folder / 'diffii.json'
+    return read_json(file) if file.is_file() else {}
+
+# %% ../../nbs/base/settings.ipynb #9e4b5166
 @dataclass
 class ImageSettings(Group):
     "The training images, and what is known of them all."
@@ -200,9 +230,8 @@ class ImageSettings(Group):
     flip: bool = setting(True)
     # leave unreadable images out, with a warning, rather than stop
     skip_bad: bool = setting(False)
-    image_column: str = setting(
-        'file_name'
-    )  # of a CSV table: the column of image paths
+    # of a CSV table: the column of image paths
+    image_column: str = setting('file_name')
     label_column: str = setting('label')  # of a CSV table: the column of categories
 
 
@@ -213,7 +242,7 @@ class ModelSettings(Group):
     # hub id or folder of a Stable Diffusion model in diffusers' layout, or tiny for the
     # one that ships
     model: str = setting('tiny', first=True)
-    # cpu, cuda, cuda:1 or mps; by default the fastest there is
+    # where the networks run: cpu, cuda, cuda:1 or mps; by default the fastest there is
     device: str | None = setting(None)
     # precision of the frozen networks; what is trained stays float32
     dtype: str = setting('float32', choices=('float32', 'float16', 'bfloat16'))
@@ -261,7 +290,7 @@ class ConceptSettings(Group):
     # steps between checkpoints, where there is a folder for them
     save_every: int = setting(500, least=1)
 
-# %% ../../nbs/base/settings.ipynb #4aa6f6ac
+# %% ../../nbs/base/settings.ipynb #eeb1de4f
 @dataclass
 class InversionSettings(Group):
     "DDIM inversion of the training images. The defaults are the paper's."
@@ -308,7 +337,7 @@ class InversionSettings(Group):
             usual.pop('per_image', None)  # without their noise all would be the same
         return settings_for(cls, usual, **given)
 
-# %% ../../nbs/base/settings.ipynb #2bbb235c
+# %% ../../nbs/base/settings.ipynb #36b36974
 SOLVERS = ('ddim', 'dpm++')
 INTERPOLATIONS = ('circle', 'inward', 'none')
 # sampling that needs about a third of the U-Net calls
@@ -324,9 +353,8 @@ class SamplingSettings(Group):
 
     # how images are made: diff-ii, or a method that it is compared with
     method: str = setting('diff-ii', choices=tuple(METHODS), first=True)
-    expansion: int = setting(
-        5, least=1, first=True
-    )  # synthetic images for each real one
+    # synthetic images for each real one
+    expansion: int = setting(5, least=1, first=True)
     # fraction of the denoising under the context; the paper has 0.3 for 5 shots, 0.1
     # for 10 shots and 1 for long tails
     split_ratio: float = setting(0.3, least=0, most=1)
@@ -334,7 +362,8 @@ class SamplingSettings(Group):
     guidance_scale: float = setting(7.5, option='guidance', least=0)
     # DDIM steps of inversion and of sampling, which share one grid
     steps: int = setting(25, least=1, most=1000)
-    # circle (Eq. 7), inward for the arc alone (Eq. 5), or none: start from pure noise
+    # path of a pair's mixtures: circle (Eq. 7), inward for the arc alone (Eq. 5), or none to
+    # start from pure noise
     interpolation: str = setting('circle', choices=INTERPOLATIONS)
     # bring both inversions of a pair to one norm, which the paper does not
     equal_norms: bool = setting(False)
@@ -343,14 +372,13 @@ class SamplingSettings(Group):
     strengths: tuple[float, ...] = setting((), above=0, most=1)
     # exponent of the soft labels of methods that mix categories (Diff-Mix's scripts: 0.8)
     gamma: float = setting(0.8, above=0)
-    candidates: int = setting(
-        2, least=1
-    )  # images made for one kept, by a filtering method
+    # images made for one kept, by a filtering method
+    candidates: int = setting(2, least=1)
     # network of the filter's distance
     filter_net: str = setting('alex', choices=('alex', 'vgg', 'squeeze'))
     # part of the trajectory that is guided (arXiv 2404.07724); the rest costs half
     guided: tuple[float, ...] = setting((0.0, 1.0), least=0, most=1)
-    # ddim as in the paper, or dpm++ (arXiv 2211.01095)
+    # how a step is made: ddim as in the paper, or dpm++ (arXiv 2211.01095)
     solver: str = setting('ddim', choices=SOLVERS)
     stride: int = setting(1, least=1)  # steps of the grid that sampling takes in one
 
@@ -406,7 +434,7 @@ class RunSettings(Group):
     sample_every: int = setting(500, least=0)
     log: str | None = setting(None)  # a file that gets the progress as lines of JSON
 
-# %% ../../nbs/base/settings.ipynb #4280c5e5
+# %% ../../nbs/base/settings.ipynb #a24bcb36
 @dataclass
 class Settings:
     "All settings of a run, in groups."
@@ -476,12 +504,12 @@ def checked(group: type, given: dict) -> dict:
     require(not unknown, f'{unknown}: no such setting; there are {names}')
     return {k: read_value(known[k], v) for k, v in given.items() if v is not None}
 
-# %% ../../nbs/base/settings.ipynb #f6cc8957
+# %% ../../nbs/base/settings.ipynb #124d5860
 @dataclass
 class ClassifierSettings(Group):
     "The classifier: its network, and how it is trained on real and synthetic images."
 
-    # small, efficientnet_lite0-imagenet, or a network of timm or torchvision, as
+    # network: small, efficientnet_lite0-imagenet, or one of timm or torchvision, as
     # timm/resnet50
     arch: str = setting('small')
     size: int = setting(32, option='classifier-size', least=8)  # side of what it sees
@@ -496,17 +524,15 @@ class ClassifierSettings(Group):
     steps: int = setting(400, option='classifier-steps', least=1)  # optimizer steps
     # passes through the real images, instead of steps
     epochs: float | None = setting(None, above=0)
-    batch_size: int = setting(
-        32, option='classifier-batch', least=2
-    )  # images of a step
+    # images of a step
+    batch_size: int = setting(32, option='classifier-batch', least=2)
     # highest learning rate; by default 0.1 for small and 0.01 for others
     lr: float | None = setting(None, option='classifier-lr', above=0)
     # learning rate of the body, as a fraction of the head's
     body_lr: float = setting(1.0, least=0)
     weight_decay: float = setting(5e-4, least=0)  # of all weights, by SGD
-    label_smoothing: float = setting(
-        0.1, least=0, most=1
-    )  # share taken from the target
+    # share taken from the target
+    label_smoothing: float = setting(0.1, least=0, most=1)
     # share of the steps in which the learning rate rises
     warmup: float = setting(0.1, least=0, most=1)
     flip: bool = setting(False, option=False)  # mirror half of the images
@@ -579,7 +605,7 @@ class BenchmarkSettings:
         whole = dict(data=DataSettings, trials=TrialSettings, model=ModelSettings)
         return cls(**given | {k: kind(**given[k]) for k, kind in whole.items()})
 
-# %% ../../nbs/base/settings.ipynb #40f31d2c
+# %% ../../nbs/base/settings.ipynb #7b41a35f
 def read_config(path, groups: type = Settings) -> dict:
     "The settings that a YAML file gives, by group; any error is a `UserError`."
     import yaml
