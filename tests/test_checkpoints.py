@@ -14,7 +14,7 @@ from diffii.method.concepts import (
     read_weights,
     sample_row,
 )
-from diffii.base.settings import ConceptSettings
+from diffii.base.settings import ConceptSettings, SamplingSettings
 from diffii.run.concept_files import FORMATS, export_concepts, import_concepts
 from diffii.base.pipeline import model_digest, same_model
 from diffii.method.denoising import two_stage_denoise
@@ -348,9 +348,7 @@ def test_from_images_to_images(checkpoint, kind, dtype):
             z,
             pipe.encode_prompts([got.prompt(k) for k in labels]),
             pipe.encode_prompts([got.prompt(k, 'in the rain.') for k in labels]),
-            0.3,
-            3.0,
-            steps=10,
+            SamplingSettings(split_ratio=0.3, guidance_scale=3, steps=10),
         )
         images = pipe.decode_latents(out)
     assert (
@@ -371,8 +369,7 @@ def test_denoising_is_diffusers_own(checkpoint, kind):
         pipe,
         noise(),
         pipe.encode_prompts(['a photo of a bird'] * 2),
-        guidance_scale=5.0,
-        steps=10,
+        settings=SamplingSettings(split_ratio=0, guidance_scale=5, steps=10),
     )
     if kind == 'xl':
         assert pipe.pipe.scheduler.config['set_alpha_to_one'] is False
@@ -829,9 +826,7 @@ def test_true_widths(tmp_path):
         noise(),
         pipe.encode_prompts(['a photo of a bird'] * 2),
         pipe.encode_prompts(['a photo of a bird flying over water.'] * 2),
-        0.5,
-        7.5,
-        steps=2,
+        SamplingSettings(split_ratio=0.5, guidance_scale=7.5, steps=2),
     )
     assert out.isfinite().all() and {im.size for im in pipe.decode_latents(out)} == {
         (64, 64)

@@ -203,6 +203,11 @@ def make_batch(
             return images  # else memory ran out on the way: all of it again in the smaller parts
 
 
+# what a row of the plan says of its sampling
+_SAMPLED = ('method', 'split_ratio', 'guidance_scale', 'steps')
+_SAMPLED += ('guided', 'solver', 'stride')
+
+
 def _make_batch(pipe, concepts, pool, rows):
     r = rows[0]
     labels = [concepts.classes.index(x['label']) for x in rows]
@@ -219,14 +224,8 @@ def _make_batch(pipe, concepts, pool, rows):
         start_latents(rows, pool, pipe),
         plain,
         suffixed,
-        r['split_ratio'],
-        r['guidance_scale'],
-        r['steps'],
-        None,
+        SamplingSettings(**{k: r[k] for k in _SAMPLED}),
         begins_at(r),
-        r['guided'],
-        r['solver'],
-        r['stride'],
     )
     finite = x.isfinite().flatten(1).all(1).tolist()
     ims = pipe.decode_latents(x.nan_to_num(0.0, 0.0, 0.0))
@@ -271,7 +270,8 @@ def circle_strip(
                 pipe,
                 z,
                 pipe.encode_prompts([concepts.prompt(k)] * n),
-                guidance_scale=guidance_scale
-                or pipe.recommended.get('sampling', {}).get('guidance_scale', 7.5),
+                settings=SamplingSettings.of(
+                    pipe, split_ratio=0, guidance_scale=guidance_scale
+                ),
             )
         )
