@@ -108,14 +108,16 @@ def test_two_processes_make_the_images_of_one(tmp_path):
 TRAIN = """
 import hashlib, json, sys, numpy as np, torch
 from diffii.core import processes
-from diffii.classifier import train_classifier
+from diffii.base.settings import ClassifierSettings
+from diffii.method.classifier import train_classifier
+from diffii.evaluation.long_tail import long_tail_callbacks
 from diffii.data import few_shot
 from diffii.digits import digits_set
 seen = []; few,_ = few_shot(digits_set('pool'), 3, seed=0); valid = digits_set('validation'); spare = digits_set('pool')
 def told(r): return dict(accuracy=r.accuracy, weights=hashlib.sha256(b''.join(v.numpy().tobytes() for v in r.learner.model.state_dict().values())).hexdigest(), keys=sorted(r.learner.model.state_dict())[:2],
     predictions=hashlib.sha256(r.probabilities.tobytes()).hexdigest(), n=len(r.probabilities), batch=r.learner.dls.train.bs, callbacks=sorted(str(c) for c in r.learner.cbs))
-a = train_classifier(few, valid, spare, steps=60, lr=.05, progress=lambda i,n: seen.append((i,n)))
-b = train_classifier(few, valid, valid=spare.subset(range(50)), steps=20, batch_size=16, long_tail_method='CMO+DRW')
+a = train_classifier(few, valid, spare, ClassifierSettings(steps=60, lr=.05), progress=lambda i,n: seen.append((i,n)))
+b = train_classifier(few, valid, settings=ClassifierSettings(steps=20, batch_size=16), valid=spare.subset(range(50)), callbacks=long_tail_callbacks('CMO+DRW'))
 with open(f'{sys.argv[1]}-{processes().process_index}.json','w') as f: json.dump([told(a)|dict(steps=seen[-1]), told(b)], f)
 """
 

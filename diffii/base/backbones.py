@@ -235,7 +235,7 @@ PRESETS = {
 def preset(
     name: str,  # one of `PRESETS`
     dataset: str,  # one of its data sets
-) -> dict:  # keyword arguments of `train_classifier`
+) -> dict:  # fields of `ClassifierSettings`
     "The paper's settings for a data set."
     require(name in PRESETS, f'preset {name!r}: one of {", ".join(PRESETS)}')
     p = PRESETS[name]

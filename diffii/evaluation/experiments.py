@@ -50,7 +50,7 @@ class Row:
 
 def method_rows(names) -> list:
     "Rows of augmenters by name, and of the training-time methods CE, CMO and CMO+DRW; with '-even' behind its name, an augmenter's images are drawn evenly."
-    from diffii.method.classifier import LONG_TAIL
+    from diffii.evaluation.long_tail import LONG_TAIL
     from diffii.base.methods import get_method
 
     def row(n):
@@ -344,17 +344,15 @@ def _paper_world(dataset, root):
 # %% ../../nbs/evaluation/experiments.ipynb #c19a6ba0
 def train_judge(w: DataSet, classes, seed=0, quick=False, device=None):
     "A classifier that has seen plenty of real images of a world's categories, or None where there are none."
+    from diffii.base.settings import ClassifierSettings
     from diffii.method.classifier import train_classifier
 
     if w.plenty is None:
         return None
-    return train_classifier(
-        w.plenty(classes, 20 if quick else 200),
-        steps=30 if quick else 1500,
-        flip=w.flip,
-        seed=seed,
-        device=device,
-    )
+    steps = 30 if quick else 1500
+    settings = ClassifierSettings(steps=steps, flip=w.flip, device=device)
+    images = w.plenty(classes, 20 if quick else 200)
+    return train_classifier(images, settings=settings, seed=seed)
 
 
 def check_clip(
@@ -563,28 +561,29 @@ def make_synthetic(b: Bench, setting, row, trial, train):
 # %% ../../nbs/evaluation/experiments.ipynb #6d6ce98e
 def run_cell(b: Bench, setting, row, trial) -> dict:
     "Make the synthetic images of a row, train its classifier, measure."
+    from diffii.base.settings import ClassifierSettings
     from diffii.method.classifier import train_classifier
-    from diffii.evaluation.long_tail import group_accuracy
+    from diffii.evaluation.long_tail import group_accuracy, long_tail_callbacks
     from diffii.evaluation.long_tail import shot_groups
 
     began = time.time()
     train, test = setting.draw(trial)
     s = make_synthetic(b, setting, row, trial, train)
     b.progress(f'{setting.name} {trial}: {row.name}, classifier', 0, 1)
+    given = {**b.training, **row.training}
+    if b.quick:
+        given |= dict(steps=20, epochs=None)
+    method = given.pop('long_tail_method', None)
+    settings = ClassifierSettings(
+        arch=b.arch, size=b.size, flip=b.world.flip, device=b.device, **given
+    )
     r = train_classifier(
         train,
         test,
         s,
-        arch=b.arch,
-        size=b.size,
-        flip=b.world.flip,
+        settings,
         seed=b.seed + trial,
-        device=b.device,
-        **{
-            **b.training,
-            **row.training,
-            **(dict(steps=20, epochs=None) if b.quick else {}),
-        },
+        callbacks=long_tail_callbacks(method, b.seed + trial),
     )
     b.progress(f'{setting.name} {trial}: {row.name}, classifier', 1, 1)
     percent = lambda d: {k: 100 * v for k, v in d.items()}
@@ -632,7 +631,7 @@ def measure(b: Bench, s, test) -> dict:
     if judge is None:
         return out
     about = dict(
-        images=judge.settings['n_train'] / len(s.classes),
+        images=judge.n_train / len(s.classes),
         accuracy=100 * evaluate(judge, test).accuracy,
     )
     return (
@@ -1051,8 +1050,7 @@ def _training(
 def check(b: Bench, settings):
     "Raise `UserError` for what cannot be run."
     from diffii.base.backbones import build_model
-    from diffii.method.classifier import check_training
-    from diffii.base.settings import ConceptSettings
+    from diffii.base.settings import ClassifierSettings, ConceptSettings
     from diffii.method.concepts import check_learning
     from diffii.base.methods import get_method
     from diffii.evaluation.metrics import clip_model
@@ -1082,17 +1080,8 @@ def check(b: Bench, settings):
             tuple(test.classes) == tuple(train.classes),
             '--test: its categories differ from those of the training set',
         )
-        t = (
-            dict(replacement_probability=0.5, steps=400, epochs=None, batch_size=32)
-            | b.training
-        )
-        check_training(
-            train,
-            t['replacement_probability'],
-            t['steps'],
-            t['epochs'],
-            t['batch_size'],
-        )
+        require(len(train), 'training set: no images')
+        ClassifierSettings(**b.training)
         build_model(
             b.arch, len(train.classes), b.size, b.training.get('pretrained', False)
         )

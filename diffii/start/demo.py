@@ -163,8 +163,10 @@ def compare(
     few, synthetic, test, seed, flip, progress, repeats=2, **settings
 ) -> dict:  # accuracy in percent
     "Classifiers trained on the original set, and on original + synthetic: their mean accuracy over `repeats` seeds."
+    from diffii.base.settings import ClassifierSettings
     from diffii.method.classifier import train_classifier
 
+    settings = ClassifierSettings(flip=flip, **settings)
     got = {'original': 0.0, 'original + synthetic': 0.0}
     done = 0
     for i in range(repeats):
@@ -174,7 +176,7 @@ def compare(
             got[name] += (
                 100
                 * train_classifier(
-                    few, test, s, flip=flip, seed=seed * 1000 + i, **settings
+                    few, test, s, settings, seed=seed * 1000 + i
                 ).accuracy
                 / repeats
             )
