@@ -5,12 +5,18 @@ from .base.files import UserError
 from .base.images import ImageSet, image_folder, image_table, few_shot, halve
 from .base.methods import METHODS, get_method
 from .base.pipeline import Pipeline, load_pipeline
-from .base.settings import ConceptSettings, FAST, InversionSettings, SamplingSettings
+from .base.settings import (
+    ClassifierSettings,
+    ConceptSettings,
+    FAST,
+    InversionSettings,
+    SamplingSettings,
+)
 from .data.aviary import aviary_set, waterbirds_twin
 from .data.digits import digits_set, digit_suffixes
 from .data.paper_sets import DATASETS, paper_dataset
 from .data.sets import DataSet, shipped_set
-from .method.classifier import train_classifier, evaluate, CMO, DRW
+from .method.classifier import train_classifier, evaluate
 from .method.concepts import Concepts, learn_concepts, named_concepts
 from .method.denoising import two_stage_denoise
 from .method.diffusion import ddim_grid, ddim_step
@@ -40,7 +46,10 @@ from .run.runs import (
 )
 from .evaluation.experiments import benchmark, show_results
 from .evaluation.long_tail import (
+    CMO,
+    DRW,
     long_tail,
+    long_tail_callbacks,
     long_tail_counts,
     shot_groups,
     group_accuracy,
