@@ -21,7 +21,7 @@ from .method.concepts import Concepts, learn_concepts, named_concepts
 from .method.denoising import two_stage_denoise
 from .method.diffusion import ddim_grid, ddim_step
 from .method.interpolation import slerp, draw_pairs, draw_strength
-from .method.inversion import InversionPool, ddim_invert, latent_stats
+from .method.inversion import InversionPool, ddim_invert, invert_images, latent_stats
 from .method.suffixes import (
     make_suffixes,
     read_suffixes,
@@ -36,12 +36,12 @@ from .run.captioners import (
     get_summariser,
 )
 from .run.concept_files import export_concepts, import_concepts, open_concepts
+from .run.pools import build_pool, load_pool, save_pool
 from .run.runs import (
     SyntheticSet,
     synthesize,
     load_synthetic,
     load_concepts,
-    load_pool,
     remake,
 )
 from .evaluation.experiments import benchmark, show_results

@@ -18,7 +18,8 @@ from diffii.base.settings import ConceptSettings, SamplingSettings
 from diffii.run.concept_files import FORMATS, export_concepts, import_concepts
 from diffii.base.pipeline import model_digest, same_model
 from diffii.method.denoising import two_stage_denoise
-from diffii.method.inversion import InversionPool
+from diffii.base.settings import InversionSettings
+from diffii.method.inversion import invert_images
 from diffii.base.pipeline import Pipeline, load_pipeline
 
 KINDS = ('sd1', 'sd2', 'sd2-v', 'xl')
@@ -341,7 +342,11 @@ def test_from_images_to_images(checkpoint, kind, dtype):
             32,
             3,
         )  # what a tracker is shown
-        z = torch.cat(InversionPool.build(pipe, TREES, got, steps=10).latents)
+        z = torch.cat(
+            invert_images(
+                pipe, TREES, got, InversionSettings.of(pipe, steps=10)
+            ).latents
+        )
         labels = TREES.labels
         out = two_stage_denoise(
             pipe,

@@ -489,18 +489,18 @@ def get_concepts(b: Bench, setting, trial, train, learn):
 
 def get_pool(b: Bench, setting, trial, train, concepts, settings):
     "The inversions of a trial, made once for all rows that walk the same way up."
-    from diffii.method.inversion import InversionPool
+    from diffii.run.pools import build_pool
     from diffii.base.settings import InversionSettings
 
     cfg = InversionSettings.of(b.pipe, **settings)
     with concepts.attached(b.pipe):
-        return InversionPool.build(
+        return build_pool(
             b.pipe,
             train,
             concepts,
             b.work(setting, trial, f'pool-{seed_of(*asdict(cfg).items())}'),
+            cfg,
             lambda d, n: b.progress(f'{setting.name} {trial}: inversions', d, n),
-            **settings,
         )
 
 # %% ../../nbs/evaluation/experiments.ipynb #b2c40a15

@@ -69,7 +69,7 @@ def one_by_one(
     from diffii.base.pipeline import load_pipeline
     from diffii.method.concepts import named_concepts
     from diffii.method.inversion import ddim_invert, InversionPool
-    from diffii.base.settings import SamplingSettings
+    from diffii.base.settings import InversionSettings, SamplingSettings
     from diffii.method.synthesis import make_plan, make_batch
     import torch
 
@@ -91,7 +91,7 @@ def one_by_one(
                         pipe,
                         pipe.encode_images([images.open(i)]),
                         pipe.encode_prompts([concepts.prompt(k)]),
-                        cfg.steps,
+                        InversionSettings(steps=cfg.steps),
                     )[0]
                 )
             c = time.perf_counter()
@@ -100,7 +100,6 @@ def one_by_one(
                 (images.classes[k],),
                 [torch.stack(z)],
                 [[images.names[i] for i in own]],
-                {},
             )
             for row in make_plan(
                 (images.classes[k],), pool, suffixes, cfg, [len(own)], model, 0, 1

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ATTEMPTS', 'CARD', 'make_or_redraw', 'SyntheticSet', 'load_synthetic', 'synthesize', 'remake', 'load_concepts',
-           'load_pool', 'status']
+           'status']
 
 # %% ../../nbs/run/runs.ipynb #00000079
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,6 @@ from pathlib import Path
 from diffii.base.files import (
     UserError,
     atomic,
-    folder_name,
     load_tensors,
     read_json,
     require,
@@ -40,9 +39,16 @@ from diffii.method.concepts import (
 )
 from ..method.diffusion import ddim_grid
 from ..method.inversion import InversionPool, check_pairs
-from ..method.synthesis import make_batch, make_plan, plan_row, soft_targets
+from diffii.method.synthesis import (
+    Planner,
+    another_row,
+    make_batch,
+    make_plan,
+    soft_targets,
+)
 from .filters import _drop
 from .folders import STATE, _read_rows, _write_rows, claim
+from .pools import build_pool, load_pool, save_pool
 
 # %% ../../nbs/run/runs.ipynb #5bcb3cb3
 ATTEMPTS = 3  # seeds tried for one image
@@ -60,9 +66,9 @@ def make_or_redraw(
     for attempt in range(1, ATTEMPTS + 1):
         for i, im in zip(todo, make_batch(pipe, concepts, pool, now)):
             images[i] = im
-        if pipe.at_once < pipe.batch_size:
-            now = [r | dict(at_once=pipe.at_once) for r in now]
-        if attempt > 1 or now[0]['at_once']:
+        if pipe.micro_batch < pipe.batch_size:
+            now = [r | dict(micro_batch=pipe.micro_batch) for r in now]
+        if attempt > 1 or now[0]['micro_batch']:
             tries += now
         todo = [i for i in todo if images[i] is None]
         if not todo:
@@ -304,8 +310,7 @@ def _check(pipe, images, suffixes, cfg, ccfg, icfg, concepts, pool):
         )
     require(
         pool is None
-        or (tuple(pool.classes), pool.settings)
-        == (tuple(images.classes), asdict(icfg)),
+        or (tuple(pool.classes), pool.settings) == (tuple(images.classes), icfg),
         'synthesize: the pool was built for other categories or with other settings; build it with those of this run',
     )
 
@@ -329,19 +334,19 @@ def _run(pipe, images, out, run, cfg, concepts, pool, ccfg, icfg, progress):
         lambda s, n, loss: progress('concepts', s, n),
     )
     if pool is not None and ps.is_main_process and not (state / 'pool').exists():
-        pool.save(state / 'pool', images, concepts)
+        save_pool(pool, state / 'pool', images, concepts)
     ps.wait_for_everyone()
     with concepts.attached(pipe):
         pool = (
-            InversionPool.build(
+            build_pool(
                 pipe,
                 images,
                 concepts,
                 state / 'pool',
+                InversionSettings(**icfg),
                 lambda d, n: progress(
                     'inversion' if cfg.start == 'circle' else 'encoding', d, n
                 ),
-                **icfg,
             )
             if cfg.start in ('circle', 'image')
             else None
@@ -361,19 +366,8 @@ def _run(pipe, images, out, run, cfg, concepts, pool, ccfg, icfg, progress):
         ps.wait_for_everyone()
 
         def again(r, attempt):
-            k = images.classes.index(r['source_label'])
-            return plan_row(
-                images.classes,
-                k,
-                r['index'],
-                [pool.names[k].index(x) for x in r['sources']],
-                pool,
-                run['suffixes'],
-                cfg,
-                r['model'],
-                seed,
-                attempt,
-            )
+            shared = (images.classes, pool, run['suffixes'], cfg, r['model'], seed)
+            return another_row(Planner(*shared), r, attempt)
 
         try:
             _make_all(
@@ -425,7 +419,7 @@ def _make_all(pipe, concepts, pool, rows, out, redraw, progress):
     batches = _by_batch(rows)
     done = sum(len(b) for b in batches if there(b))
     progress(done, len(rows))
-    parts = {r['batch']: r.get('at_once') for r in _all_rows(out / STATE)}
+    parts = {r['batch']: r.get('micro_batch') for r in _all_rows(out / STATE)}
     with ThreadPoolExecutor(1) as writer:
         jobs = []
         for b in batches[ps.process_index :: ps.num_processes]:
@@ -435,7 +429,7 @@ def _make_all(pipe, concepts, pool, rows, out, redraw, progress):
                 pipe,
                 concepts,
                 pool,
-                [r | dict(at_once=parts.get(r['batch'])) for r in b],
+                [r | dict(micro_batch=parts.get(r['batch'])) for r in b],
                 redraw,
             )
             if tries:
@@ -497,12 +491,15 @@ def remake(
     pool = (
         load_pool(folder / STATE / 'pool', run['classes']) if row['sources'] else None
     )
-    room, pipe.at_once = pipe.at_once, row.get('at_once') or run['batch_size']
+    room, pipe.micro_batch = (
+        pipe.micro_batch,
+        row.get('micro_batch') or run['batch_size'],
+    )
     try:
         with concepts.attached(pipe):
             return make_batch(pipe, concepts, pool, batch)[batch.index(row)]
     finally:
-        pipe.at_once = room
+        pipe.micro_batch = room
 
 
 def load_concepts(folder) -> Concepts:
@@ -517,19 +514,6 @@ def load_concepts(folder) -> Concepts:
         run['base'],
         [],
         {},
-    )
-
-
-def load_pool(folder, classes) -> InversionPool:
-    "The inversion pool of a run's folder."
-    got = [
-        load_tensors(Path(folder) / f'{folder_name(c)}.safetensors') for c in classes
-    ]
-    return InversionPool(
-        tuple(classes),
-        [t['latents'] for t, _ in got],
-        [m['names'] for _, m in got],
-        got[0][1]['settings'],
     )
 
 # %% ../../nbs/run/runs.ipynb #38be6cbb

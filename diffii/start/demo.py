@@ -144,7 +144,7 @@ def _images(pipe, few, out, w, seed, quick, progress):  # -> SyntheticSet
 
 def _made(sets) -> dict:
     "How the images of all trials were made, and what their inversions were like."
-    from diffii.run.runs import load_pool
+    from diffii.run.pools import load_pool
     from diffii.run.folders import STATE
 
     run = read_json(sets[0].folder / STATE / 'run.json')
@@ -235,7 +235,8 @@ def _diversity(few, S, progress):
 
 def _pictures(pipe, few, S, r):
     "The pictures of the report, of the first trial."
-    from diffii.run.runs import load_concepts, load_pool
+    from diffii.run.pools import load_pool
+    from diffii.run.runs import load_concepts
     from diffii.run.folders import STATE
 
     pool = load_pool(S.folder / STATE / 'pool', few.classes)
