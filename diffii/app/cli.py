@@ -352,7 +352,7 @@ ViewsOpt = Annotated[
     bool, Opt(help='Give a category with one image cropped and mirrored views.')
 ]
 
-# %% ../../nbs/app/cli.ipynb #c2cb3db2
+# %% ../../nbs/app/cli.ipynb #bed98b49
 @app.command()
 def augment(
     images: ImagesOpt,
@@ -490,23 +490,25 @@ def augment(
             pipe,
             real,
             out,
+            Settings.of(
+                pipe,
+                metaclass,
+                images=dict(flip=flip),
+                concepts=learning,
+                inversion=dict(
+                    forward_steps=forward_steps,
+                    fixed_point_iters=fixed_point_iters,
+                    per_image=draws,
+                    views=views,
+                ),
+                sampling=given,
+                run=dict(seed=seed, tracker=tracker, sample_every=sample_every),
+            ),
             chosen,
-            seed,
             open_concepts(pipe, concepts, real.classes, metaclass)
             if concepts
             else None,
-            learning,
-            dict(
-                forward_steps=forward_steps,
-                fixed_point_iters=fixed_point_iters,
-                per_image=draws,
-                flip=flip,
-                views=views,
-            ),
-            bars,
-            tracker,
-            sample_every,
-            **given,
+            progress=bars,
         )
     say(f'{len(S)} synthetic images in {out}')
 

@@ -503,7 +503,7 @@ def get_pool(b: Bench, setting, trial, train, concepts, settings):
             lambda d, n: b.progress(f'{setting.name} {trial}: inversions', d, n),
         )
 
-# %% ../../nbs/evaluation/experiments.ipynb #b2c40a15
+# %% ../../nbs/evaluation/experiments.ipynb #76654bd5
 def row_settings(
     b: Bench, setting, row
 ):  # -> (settings of `synthesize`, of the inversions, the former as `SamplingSettings`)
@@ -530,6 +530,7 @@ def row_settings(
 def make_synthetic(b: Bench, setting, row, trial, train):
     "The synthetic set of a row, or None."
     from diffii.base.methods import get_method
+    from diffii.base.settings import Settings
     from diffii.run.runs import synthesize
 
     if row.synthesis is None:
@@ -545,17 +546,21 @@ def make_synthetic(b: Bench, setting, row, trial, train):
         b.pipe,
         train,
         b.work(setting, trial, folder_name(row.images or row.name)),
+        Settings.of(
+            b.pipe,
+            train.metaclass,
+            sampling=kw,
+            inversion=inversion,
+            run=dict(seed=b.seed + trial),
+        ),
         setting.suffixes or b.world.suffixes,
-        b.seed + trial,
         concepts,
-        inversion_settings=inversion,
-        pool=pool,
+        pool,
         progress=lambda s, d, n: (
             b.progress(f'{setting.name} {trial}: {row.name}', d, n)
             if s == 'images'
             else None
         ),
-        **kw,
     )
 
 # %% ../../nbs/evaluation/experiments.ipynb #6d6ce98e

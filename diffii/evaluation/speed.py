@@ -110,7 +110,7 @@ def one_by_one(
             t['unet'] += covered(clock)
     return t
 
-# %% ../../nbs/evaluation/speed.ipynb #57c42a29
+# %% ../../nbs/evaluation/speed.ipynb #0e0d9663
 def together(
     model,
     images,
@@ -125,6 +125,7 @@ def together(
     import torch
     from diffii.method.concepts import named_concepts
     from diffii.base.pipeline import load_pipeline
+    from diffii.base.settings import Settings
     from diffii.run.runs import synthesize
 
     t = dict(loading=0.0, inverting=0.0, sampling=0.0, unet=0.0)
@@ -153,12 +154,15 @@ def together(
             pipe,
             images,
             folder,
+            Settings.of(
+                pipe,
+                images.metaclass,
+                sampling=dict(expansion=expansion, **settings),
+                inversion=dict(forward_steps=0, fixed_point_iters=0, per_image=1),
+            ),
             suffixes,
             concepts=named_concepts(pipe, images),
-            inversion_settings=dict(forward_steps=0, fixed_point_iters=0, per_image=1),
             progress=mark,
-            expansion=expansion,
-            **settings,
         )
     t['inverting'], t['sampling'] = (
         marks[s][1] - marks[s][0] for s in ('inversion', 'images')

@@ -122,23 +122,26 @@ def demo(
     write_report(out / 'report.html', r, _pictures(pipe, draws[0], sets[0], r))
     return r
 
-# %% ../../nbs/start/demo.ipynb #867adc0f
+# %% ../../nbs/start/demo.ipynb #b2098c7f
 def _images(pipe, few, out, w, seed, quick, progress):  # -> SyntheticSet
     "The synthetic images of one trial."
+    from diffii.base.settings import Settings
     from diffii.run.runs import synthesize
 
     return synthesize(
         pipe,
         few,
         out,
-        w.suffixes,
-        seed,
-        progress=progress,
-        inversion_settings=dict(flip=w.flip),
-        concept_settings=dict(
-            flip=w.flip, **(dict(steps=20, batch_size=8) if quick else {})
+        Settings.of(
+            pipe,
+            few.metaclass,
+            images=dict(flip=w.flip),
+            concepts=dict(steps=20, batch_size=8) if quick else {},
+            sampling=dict(expansion=2) if quick else {},
+            run=dict(seed=seed),
         ),
-        **(dict(expansion=2) if quick else {}),
+        w.suffixes,
+        progress=progress,
     )
 
 
