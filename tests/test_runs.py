@@ -4,7 +4,7 @@ and how single images are made again."""
 import math
 import os
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +21,8 @@ from diffii.data.aviary import VALIDATION, aviary_set
 from diffii.method.concepts import learn_concepts
 from diffii.run import runs
 from diffii.run.folders import STATE, claim, holds_run, tentative
-from diffii.run.runs import load_concepts, load_pool, remake, status, synthesize
+from diffii.run.pools import load_pool
+from diffii.run.runs import load_concepts, remake, status, synthesize
 
 SUFFIXES = ['flying over water.', 'on a branch.', 'in the snow.']
 GIVEN = dict(
@@ -48,7 +49,7 @@ def pipe():
 def concepts(pipe, birds):
     "Concepts of the birds, hardly learned."
     settings = ConceptSettings.of(pipe, 'bird', **GIVEN['concepts'])
-    return learn_concepts(pipe, birds, seed=1, **asdict(settings))
+    return learn_concepts(pipe, birds, settings, seed=1)
 
 
 @pytest.fixture(scope='session')
@@ -363,7 +364,7 @@ def test_a_folder_of_other_files_is_left_alone(make, tmp_path):
 
 def test_a_folder_of_version_0_1_is_refused_in_one_line(make, straight, tmp_path):
     record = read_json(straight.folder / STATE / 'run.json')
-    for key in ('format', 'version'):
+    for key in ('format', 'diffii'):
         record.pop(key)
     write_json(tmp_path / 'old' / STATE / 'run.json', record)
     for ask in (make, status, lambda out: remake(None, out, 'x')):

@@ -415,7 +415,7 @@ def augment(
     from diffii.base.processes import Steps
     from diffii.base.pipeline import load_pipeline
     from diffii.run.runs import synthesize
-    from diffii.base.settings import SamplingSettings, settings_for
+    from diffii.base.settings import SamplingSettings, Settings, settings_for
     from diffii.run.folders import STATE
 
     given = dict(

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..base.files import atomic, read_json, require, write_json
 from ..base.processes import processes
 
-# %% ../../nbs/run/folders.ipynb #d757f39a
+# %% ../../nbs/run/folders.ipynb #4022d385
 def claim(
     out,  # output folder: new, empty, or of the same run
     about: dict,  # what the run is, as it can stand in JSON
@@ -22,7 +22,7 @@ def claim(
     from diffii import __version__
 
     if not holds_run(out, record):
-        about = dict(format=FORMAT, version=__version__, **about)
+        about = dict(format=FORMAT, diffii=__version__, **about)
         write_json(Path(out) / record, about)
         return
     then = read_record(out, record)
@@ -36,7 +36,7 @@ def claim(
 
 
 FORMAT = 2  # of the record; version 0.1 wrote none
-ASIDE = ('format', 'version')  # in a record, but no part of what a run is
+ASIDE = ('format', 'diffii')  # in a record, but no part of what a run is
 
 
 def read_record(out, record: str) -> dict:

@@ -6,7 +6,7 @@
 __all__ = ['ATTEMPTS', 'CARD', 'make_or_redraw', 'SyntheticSet', 'load_synthetic', 'synthesize', 'run_suffixes', 'remake',
            'load_concepts', 'status']
 
-# %% ../../nbs/run/runs.ipynb #c970e668
+# %% ../../nbs/run/runs.ipynb #53448d7c
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from ..base.pipeline import Pipeline, model_digest, same_model
 from ..base.processes import check_tracker, processes
 from diffii.base.settings import (
     ConceptSettings,
+    InversionSettings,
     Settings,
 )
 from ..method.denoising import n_suffixed
