@@ -1,277 +1,255 @@
-"Experiments as a user meets them: folders of results that are there already, mistakes, and the settings that reach the classifier."
+"Experiments: what decides their numbers, mistakes, the paper's settings, old results."
 
-import json, subprocess, sys
+import json
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
-import matplotlib
 
-matplotlib.use('Agg')
 import pytest
 from PIL import Image
+
 from diffii.base.files import UserError, read_json
-from diffii.run.folders import differences
+from diffii.base.pipeline import load_pipeline
+from diffii.base.settings import BenchmarkSettings
+from diffii.data.sets import shipped_set
 from diffii.evaluation.experiments import (
+    Experiment,
     about_run,
     benchmark,
-    read_cells,
-    show_results,
-    version_of,
+    given_classifier,
 )
+from diffii.evaluation.tables import finished, notes, read_cells, summary_lines
 
-RESULTS = sorted(
-    (Path(__file__).parent.parent / 'nbs' / 'experiments' / 'results').glob(
-        '*/experiment.json'
-    )
-)
+RESULTS = Path(__file__).parent.parent / 'nbs' / 'results' / 'cells'
+FINISHED = sorted(file.parent for file in RESULTS.glob('*/table.json'))
 
 
-def cli(*args):
-    return subprocess.run(
-        [sys.executable, '-m', 'diffii', 'benchmark', *map(str, args)],
-        capture_output=True,
-        text=True,
-    )
+@pytest.mark.parametrize('folder', FINISHED, ids=lambda folder: folder.name)
+def test_the_table_of_a_finished_experiment_follows_from_its_cells(folder):
+    record, cells, table = finished(folder)
+    kept = read_json(folder / 'table.json')
+    assert len(table) == len(kept)
+    assert table.accuracy.tolist() == pytest.approx([line['accuracy'] for line in kept])
+    old = record.get('version', 1) != 2
+    assert any('made with version' in line for line in notes(cells, record)) == old
+    assert summary_lines(folder)
 
 
-@pytest.mark.parametrize('file', RESULTS, ids=lambda f: f.parent.name)
-def test_finished_experiments_are_read_and_gone_on_with(file, capsys):
-    then = read_json(file)
-    own = {k: then[k] for k in ('tuning', 'concepts') if k in then}
-    old = then.get('version', 1) != version_of('tiny')
-    now = about_run(
-        None,
-        *(
-            then[k]
-            for k in (
-                'model',
-                'task',
-                'dataset',
-                'arch',
-                'size',
-                'training',
-                'metaclass',
-                'seed',
-                'quick',
-            )
-        ),
-        **{**own, 'dtype': 'float32'},
-    )
-    told = differences(then, json.loads(json.dumps(now)))
-    assert then['model'] != 'tiny' or (
-        told == [] if not old else len(told) == 1 and 'version' in told[0]
-    )
-    if (file.parent / 'table.json').is_file():
-        assert len(show_results(file.parent)) == len(
-            read_json(file.parent / 'table.json')
-        )
-        assert ('made with version' in capsys.readouterr().out) == old
+def test_results_of_version_0_1_are_shown_but_not_gone_on_with(tmp_path):
+    old = RESULTS / 'few-shot-digits' / 'experiment.json'
+    out = tmp_path / 'x'
+    out.mkdir()
+    (out / 'experiment.json').write_bytes(old.read_bytes())
+    settings = BenchmarkSettings.of(trials=dict(shots=3, trials=1, methods='original'))
+    with pytest.raises(UserError, match='written by another version.*another folder'):
+        benchmark('few-shot', 'digits', out, settings)
+    assert [p.name for p in out.iterdir()] == ['experiment.json']
 
 
-def test_what_decides_the_numbers_is_recorded(tmp_path):
-    common = ('tiny', 'few-shot', 'x', 'small', 32, {}, 'object', 0, False)
-    assert about_run(
-        None, *common, test=None, clip=None, flip=True, batch_size=64
-    ) == about_run(None, *common)
-    more = about_run(
-        None,
-        *common,
-        test=tmp_path,
-        clip=('a', 'b'),
-        flip=False,
-        dtype='float16',
-        batch_size=8,
-        suffixes=['in snow.'],
-        root=tmp_path,
-    )
-    assert {k: more[k] for k in list(more)[9:]} == dict(
-        test=str(tmp_path),
-        clip='a:b',
-        flip=False,
-        dtype='float16',
-        batch_size=8,
-        suffixes=['in snow.'],
-        version=version_of('tiny'),
-    )
-    assert about_run(None, *common[:2], 'cub', *common[3:], root=tmp_path)[
-        'root'
-    ] == str(tmp_path)
-    with patch('diffii.concepts.model_digest', return_value='abc'):
-        assert about_run(None, 'other', *common[1:])['model_digest'] == 'abc'
+@pytest.fixture(scope='module')
+def pipe():
+    return load_pipeline()
+
+
+def experiment(pipe, **groups):
+    settings = BenchmarkSettings.of(**groups)
+    classifier = given_classifier('digits', settings)
+    data = shipped_set('digits')
+    return Experiment('few-shot', Path('x'), data, pipe, settings, classifier)
 
 
 @pytest.mark.parametrize(
-    'args,word',
+    'groups, same',
     [
-        ('few-shot --shots 500', '--shots 500'),
-        ('long-tail --imbalance .5', '--imbalance 0.5'),
-        ('few-shot --arch nonet', 'nonet'),
-        ('split --values 2', '--split-ratio 2'),
-        ('few-shot --values 1', '--values'),
-        ('long-tail --shots 5', '--shots'),
-        ('few-shot --clip ViT-B-32', '--clip ViT-B-32'),
-        ('few-shot --clip ViT-B-32:openai', 'ViT-B-32'),
-        ('few-shot --preset resnet50', '--preset'),
-        ('few-shot --steps 0', 'steps 0'),
+        (dict(trials=dict(trials=9, methods='original', shots=2)), True),
+        (dict(model=dict(device='cpu', compile=True)), True),
+        (dict(data=dict(root='/somewhere')), True),  # digits have no root
+        (dict(trials=dict(seed=1)), False),
+        (dict(trials=dict(quick=True)), False),
+        (dict(model=dict(dtype='float16')), False),
+        (dict(model=dict(batch_size=8)), False),
+        (dict(data=dict(flip=False)), False),
+        (dict(data=dict(test='/somewhere')), False),
+        (dict(concepts=dict(steps=7)), False),
+        (dict(classifier=dict(lr=0.5)), False),
     ],
 )
-def test_mistakes_leave_no_folder(args, word, tmp_path):
-    r = cli(*args.split(), '--out', tmp_path / 'x')
-    assert (
-        r.returncode == 2
-        and word in r.stderr
-        and len(r.stderr.strip().splitlines()) == 1
-        and not (tmp_path / 'x').exists()
-    )
+def test_what_decides_the_numbers_is_recorded_and_no_more(pipe, groups, same):
+    usual = about_run(experiment(pipe), 'digits')
+    other = about_run(experiment(pipe, **groups), 'digits')
+    assert (usual == other) == same
+    json.dumps(other)
 
 
-def test_clip_and_the_judge_together(tmp_path):
-    import open_clip, torch
+def test_another_model_is_known_by_its_weights(pipe):
+    about = about_run(experiment(pipe, model=dict(model='elsewhere')), 'digits')
+    assert 'version' not in about
+    assert about['model_digest']
 
-    (tmp_path / 'small-clip.json').write_text(
-        json.dumps(
-            dict(
-                embed_dim=16,
-                vision_cfg=dict(
-                    image_size=32, layers=1, width=32, head_width=16, patch_size=8
-                ),
-                text_cfg=dict(
-                    context_length=77, vocab_size=49408, width=16, heads=2, layers=1
-                ),
-            )
-        )
-    )
+
+@pytest.mark.parametrize(
+    'task, groups, word',
+    [
+        ('few-shot', dict(trials=dict(shots=500)), '--shots 500'),
+        ('long-tail', dict(trials=dict(imbalance=0.5)), '--imbalance 0.5'),
+        ('few-shot', dict(classifier=dict(arch='nonet')), 'nonet'),
+        ('split', dict(trials=dict(values=2)), '--split-ratio 2'),
+        ('few-shot', dict(trials=dict(values=1)), '--values'),
+        ('long-tail', dict(trials=dict(shots=5)), '--shots'),
+        ('few-shot', dict(trials=dict(clip='ViT-B-32')), '--clip ViT-B-32'),
+        ('few-shot', dict(trials=dict(clip='ViT-B-32:openai')), 'ViT-B-32'),
+        ('few-shot', dict(trials=dict(preset='resnet50')), '--preset'),
+        ('few-shot', dict(classifier=dict(steps=0)), '--classifier-steps 0'),
+    ],
+)
+def test_a_mistake_leaves_no_folder(tmp_path, task, groups, word):
+    with pytest.raises(UserError) as error:
+        benchmark(task, 'digits', tmp_path / 'x', BenchmarkSettings.of(**groups))
+    assert word in str(error.value)
+    assert '\n' not in str(error.value)
+    assert not (tmp_path / 'x').exists()
+
+
+SHORT = dict(shots=2, trials=1, quick=True)
+
+
+@pytest.mark.parametrize(
+    'task, dataset, trials, rows',
+    [
+        ('ood', 'aviary', dict(methods='original,diff-ii'), 2),
+        ('long-tail', 'digits', dict(methods='CE,diff-ii', imbalance=20, shots=()), 2),
+        ('ablation', 'digits', {}, 6),
+        ('split', 'digits', dict(values='0,1'), 3),
+        ('forward', 'aviary', dict(values='1,3'), 3),
+    ],
+)
+def test_every_kind_of_task_runs(tmp_path, task, dataset, trials, rows):
+    settings = BenchmarkSettings.of(trials=SHORT | trials)
+    table = benchmark(task, dataset, tmp_path / 'x', settings)
+    assert len(table) == rows
+    assert table.accuracy.between(0, 100).all()
+    assert summary_lines(tmp_path / 'x')
+
+
+def test_the_task_strength_draws_circles(tmp_path):
+    settings = BenchmarkSettings.of(trials=SHORT)
+    assert benchmark('strength', 'digits', tmp_path / 'x', settings) is None
+    picture = Image.open(tmp_path / 'x' / '2-shot.png')
+    assert picture.size == (13 * 66 - 2, 4 * 66 - 2)
+
+
+@pytest.fixture
+def small_clip(tmp_path):
+    "A CLIP of open_clip's kind with random weights: the name and the file."
+    import open_clip
+    import torch
+
+    vision = dict(image_size=32, layers=1, width=32, head_width=16, patch_size=8)
+    text = dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=1)
+    about = dict(embed_dim=16, vision_cfg=vision, text_cfg=text)
+    (tmp_path / 'small-clip.json').write_text(json.dumps(about))
     open_clip.add_model_config(tmp_path / 'small-clip.json')
     torch.manual_seed(0)
-    torch.save(open_clip.create_model('small-clip').state_dict(), tmp_path / 'w.pt')
-    t = benchmark(
-        'few-shot',
-        'aviary',
-        tmp_path / 'x',
-        (2,),
-        methods=('original', 'random-noise'),
-        trials=2,
-        quick=True,
-        clip=f'small-clip:{tmp_path / "w.pt"}',
-        flip=False,
-    )
-    assert {
-        'clip',
-        'clip sd',
-        'faithfulness',
-        'faithfulness sd',
-        'precision sd',
-    } <= set(t)
+    file = tmp_path / 'weights.pt'
+    torch.save(open_clip.create_model('small-clip').state_dict(), file)
+    return f'small-clip:{file}'
+
+
+def test_the_clip_score_and_the_oracle_go_together(tmp_path, small_clip):
+    trials = SHORT | dict(trials=2, methods='original,random-noise', clip=small_clip)
+    settings = BenchmarkSettings.of(trials=trials, data=dict(flip=False))
+    table = benchmark('few-shot', 'aviary', tmp_path / 'x', settings)
+    measured = {'clip', 'faithfulness', 'precision'}
+    assert measured | {f'{name} sd' for name in measured} <= set(table)
     cell = read_cells(tmp_path / 'x')[-1]
-    assert (
-        cell['clip_model'] == f'small-clip:{tmp_path / "w.pt"}'
-        and cell['judge']['images'] == 20
-        and read_json(tmp_path / 'x' / 'experiment.json')['flip'] is False
-    )
+    assert cell['clip_model'] == small_clip
+    assert cell['judge']['images'] == 20
+    assert read_json(tmp_path / 'x' / 'experiment.json')['data']['flip'] is False
 
 
-def flowers(root):
+PER_SPLIT = 102  # images: one of each category
+
+
+@pytest.fixture
+def flowers(tmp_path, monkeypatch):
+    "Flowers-102 in miniature, in the layout that its archives unpack to."
     from scipy.io import savemat
+    from torchvision.datasets import Flowers102
 
-    f = root / 'flowers-102'
-    (f / 'jpg').mkdir(parents=True)
-    n = 4 * 102
-    for i in range(n):
-        Image.new('RGB', (12, 12), (i % 256, i // 2, 90)).save(
-            f / 'jpg' / f'image_{i + 1:05d}.jpg'
-        )
-    savemat(f / 'imagelabels.mat', dict(labels=[[i % 102 + 1 for i in range(n)]]))
-    savemat(
-        f / 'setid.mat',
-        {
-            k: [list(range(1 + 102 * a, 1 + 102 * b))]
-            for k, a, b in (('trnid', 0, 1), ('valid', 1, 2), ('tstid', 2, 4))
-        },
-    )
-
-
-def test_the_papers_settings_reach_the_classifier(tmp_path):
-    from torchvision import datasets as tv
-    from diffii.base.backbones import small_net, HALF
-    from diffii.method.classifier import Result
     from diffii.data.paper_sets import DATASETS
 
-    flowers(tmp_path)
-    seen = []
+    folder, count = tmp_path / 'flowers-102', 4 * PER_SPLIT
+    (folder / 'jpg').mkdir(parents=True)
+    for i in range(count):
+        image = Image.new('RGB', (12, 12), (i % 256, i // 2, 90))
+        image.save(folder / 'jpg' / f'image_{i + 1:05d}.jpg')
+    labels = [i % PER_SPLIT + 1 for i in range(count)]
+    savemat(folder / 'imagelabels.mat', dict(labels=[labels]))
+    parts = dict(trnid=(0, 1), valid=(1, 2), tstid=(2, 4))
+    ids = {
+        name: [list(range(1 + PER_SPLIT * first, 1 + PER_SPLIT * last))]
+        for name, (first, last) in parts.items()
+    }
+    savemat(folder / 'setid.mat', ids)
+    # the archives' own digests are not those of the miniature
+    monkeypatch.setitem(Flowers102._file_dict, 'label', ('imagelabels.mat', None))
+    monkeypatch.setitem(Flowers102._file_dict, 'setid', ('setid.mat', None))
+    sizes = dict(train=102, val=102, test=204)
+    monkeypatch.setitem(DATASETS, 'flower', replace(DATASETS['flower'], images=sizes))
+    return tmp_path
 
-    def train(train, test, synthetic, **kw):
-        seen.append((train, test, kw))
+
+@pytest.fixture
+def trained(monkeypatch):
+    "What classifiers were asked for, none of which is trained."
+    from diffii.base.backbones import HALF, small_net
+    from diffii.method.classifier import Result
+
+    asked = []
+
+    def train(train, test=None, synthetic=None, settings=None, **kwargs):
+        asked.append((train, test, settings))
         return Result(accuracy=0.5, per_class={}, classes=train.classes)
 
-    with (
-        patch.dict(
-            tv.Flowers102._file_dict,
-            label=('imagelabels.mat', None),
-            setid=('setid.mat', None),
-        ),
-        patch.dict(
-            DATASETS,
-            flower=replace(
-                DATASETS['flower'], images=dict(train=102, val=102, test=204)
-            ),
-        ),
-        patch('diffii.classifier.train_classifier', train),
-        patch(
-            'diffii.classifier.build_model', lambda arch, K, *a: (small_net(K), HALF)
-        ),
-    ):
-        run = lambda out, **kw: benchmark(
-            'long-tail',
-            'flower',
-            tmp_path / out,
-            imbalance=(100,),
-            methods=('CE',),
-            trials=1,
-            root=tmp_path,
-            preset='resnet50-lt',
-            **kw,
-        )
-        run('a')
-        run('b', training=dict(lr=0.1, steps=7), size=128, flip=False, device='cpu')
-    (train, test, a), (_, _, b) = seen
-    assert (
-        len(train) == 103
-        and len(test) == 204
-        and not set(train.names) & set(test.names)
+    def build(arch, n_classes, *args, **kwargs):
+        return small_net(n_classes), HALF
+
+    monkeypatch.setattr('diffii.method.classifier.train_classifier', train)
+    monkeypatch.setattr('diffii.base.backbones.build_model', build)
+    return asked
+
+
+PRESET = dict(imbalance=100, methods='CE', trials=1, preset='resnet50-lt')
+
+
+def test_the_papers_settings_reach_the_classifier(flowers, trained):
+    settings = BenchmarkSettings.of(trials=PRESET, data=dict(root=str(flowers)))
+    benchmark('long-tail', 'flower', flowers / 'a', settings)
+    train, test, used = trained[0]
+    assert (len(train), len(test)) == (103, 204)
+    assert not set(train.names) & set(test.names)
+    assert (used.arch, used.size, used.resize) == ('torchvision/resnet50', 224, 256)
+    assert (used.epochs, used.batch_size, used.lr) == (200, 128, 0.005)
+    assert used.pretrained
+    assert used.flip
+
+
+def test_given_settings_go_before_the_papers(flowers, trained):
+    settings = BenchmarkSettings.of(
+        trials=PRESET,
+        data=dict(root=str(flowers), flip=False),
+        classifier=dict(lr=0.1, steps=7, size=128),
+        model=dict(device='cpu'),
     )
-    assert {
-        k: a[k]
-        for k in (
-            'arch',
-            'size',
-            'resize',
-            'epochs',
-            'batch_size',
-            'lr',
-            'pretrained',
-            'flip',
-        )
-    } == dict(
-        arch='torchvision/resnet50',
-        size=224,
-        resize=256,
-        epochs=200,
-        batch_size=128,
-        lr=0.005,
-        pretrained=True,
-        flip=True,
-    )
-    assert (
-        (b['lr'], b['steps'], b['size'], b['flip'], b['device'])
-        == (0.1, 7, 128, False, 'cpu')
-        and 'epochs' not in b
-        and 'resize' not in b
-    )
-    assert read_json(tmp_path / 'a' / 'experiment.json')['training'][
-        'epochs'
-    ] == 200 and read_json(tmp_path / 'a' / 'experiment.json')['root'] == str(tmp_path)
-    with pytest.raises(UserError, match='Stanford Cars'):
-        benchmark(
-            'few-shot', 'car', tmp_path / 'c', root=tmp_path, preset='resnet50-lt'
-        )
-    assert not (tmp_path / 'c').exists()
+    benchmark('long-tail', 'flower', flowers / 'b', settings)
+    used = trained[0][2]
+    assert (used.lr, used.steps, used.epochs) == (0.1, 7, None)
+    assert (used.size, used.resize) == (128, None)
+    assert (used.flip, used.device) == (False, 'cpu')
+
+
+def test_the_papers_ablation_stands_beside_ours():
+    from diffii.evaluation.tables import published_ablation
+
+    table, row = ('few_shot', 'aircraft_5'), 'circle yes, two-stage yes'
+    assert published_ablation(table, row, 'torchvision/resnet50')['gain, paper'] == 5.52
+    assert published_ablation(table, row, 'small') == {}
