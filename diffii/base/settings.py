@@ -26,7 +26,7 @@ from typing import Annotated
 from .files import UserError, read_json, require
 from .methods import METHODS
 
-# %% ../../nbs/base/settings.ipynb #8f5f5925
+# %% ../../nbs/base/settings.ipynb #360fc5f2
 def setting(
     default,
     option: str | bool = '',  # the command's option; by default the field's name
@@ -42,7 +42,7 @@ def setting(
         default=default, metadata={**about, 'choices': choices, 'first': first}
     )
 
-# %% ../../nbs/base/settings.ipynb #851960cf
+# %% ../../nbs/base/settings.ipynb #e63725a9
 @dataclass(frozen=True)
 class Spec:
     "One setting, as its field and its comment tell it."
@@ -64,11 +64,14 @@ class Spec:
         return '--' + (given or self.name).replace('_', '-')
 
 
+WORDS = {int: 'a whole number', float: 'a number', str: 'text', bool: 'true or false'}
+
+
 @lru_cache
 def specs(
     source: Callable,  # a dataclass, or a function
 ) -> tuple:  # of `Spec`
-    "The settings of a dataclass in their order, or the plain parameters of a function."
+    "The settings of a dataclass in their order; of a function the plain parameters."
     from fastcore.docments import docments
 
     docs, kinds = docments(source, full=False), typing.get_type_hints(source)
@@ -76,7 +79,9 @@ def specs(
         found = [(f.name, _default(f), dict(f.metadata)) for f in fields(source)]
     else:
         parameters = inspect.signature(source).parameters.values()
-        found = [(p.name, p.default, {}) for p in parameters if p.name in kinds]
+        found = [
+            (p.name, p.default, {}) for p in parameters if kinds.get(p.name) in WORDS
+        ]
     return tuple(
         _spec(name, kinds[name], default, docs.get(name) or '', about)
         for name, default, about in found
@@ -97,10 +102,7 @@ def _spec(name, kind, default, doc, about):
     doc = ' '.join(doc.split())
     return Spec(name, kind, many, NoneType in parts, default, doc, about)
 
-# %% ../../nbs/base/settings.ipynb #5a4c0c09
-WORDS = {int: 'a whole number', float: 'a number', str: 'text', bool: 'true or false'}
-
-
+# %% ../../nbs/base/settings.ipynb #9e2ce9f9
 def read_value(spec: Spec, value):
     "`value` in the type of the setting. Raises `UserError`, naming the option."
     name = f'{spec.option or spec.name} {value}'
@@ -290,7 +292,7 @@ class ConceptSettings(Group):
     # steps between checkpoints, where there is a folder for them
     save_every: int = setting(500, least=1)
 
-# %% ../../nbs/base/settings.ipynb #eeb1de4f
+# %% ../../nbs/base/settings.ipynb #a9f631b1
 @dataclass
 class InversionSettings(Group):
     "DDIM inversion of the training images. The defaults are the paper's."
@@ -434,7 +436,7 @@ class RunSettings(Group):
     sample_every: int = setting(500, least=0)
     log: str | None = setting(None)  # a file that gets the progress as lines of JSON
 
-# %% ../../nbs/base/settings.ipynb #a24bcb36
+# %% ../../nbs/base/settings.ipynb #d70ebee2
 @dataclass
 class Settings:
     "All settings of a run, in groups."
@@ -605,7 +607,7 @@ class BenchmarkSettings:
         whole = dict(data=DataSettings, trials=TrialSettings, model=ModelSettings)
         return cls(**given | {k: kind(**given[k]) for k, kind in whole.items()})
 
-# %% ../../nbs/base/settings.ipynb #7b41a35f
+# %% ../../nbs/base/settings.ipynb #b0594123
 def read_config(path, groups: type = Settings) -> dict:
     "The settings that a YAML file gives, by group; any error is a `UserError`."
     import yaml

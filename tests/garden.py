@@ -1,0 +1,58 @@
+"A user's folder with odd names and odd files, and small runs of the command on it."
+
+import subprocess
+import sys
+
+import numpy as np
+from conftest import clean_environment
+from PIL import Image
+
+CLASSES = {'bird of paradise': 2, 'œillet (red:1.2)': 3, 'lonely': 1}
+QUICK = ('--concept-steps', 2, '--steps', 3, '--expansion', 2)
+MADE = 12  # images: two for each of six
+
+
+def photo(seed, size=(40, 30)):
+    "Smooth blobs of colour, unlike anything that the shipped model has seen."
+    pixels = np.random.default_rng(seed).integers(0, 255, (4, 5, 3), dtype='uint8')
+    return Image.fromarray(pixels).resize(size, Image.BICUBIC)
+
+
+def plant(folder):
+    "Write the images of `CLASSES`, and files that are none, into a folder."
+    for name, count in CLASSES.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            photo(len(name) * 10 + i).save(folder / name / f'{i}.jpg')
+    (folder / 'notes.txt').write_text('not a category')
+    (folder / 'lonely' / '.hidden.jpg').write_text('x')
+    return folder
+
+
+def images_of(folder):
+    "The images of `plant`, sorted."
+    return [p for p in sorted(folder.glob('*/*.jpg')) if p.name[0] != '.']
+
+
+def command(*args):
+    "The command in a process of its own, as a list."
+    return [sys.executable, '-m', 'diffii', *map(str, args)]
+
+
+def start(*args, **kwargs):
+    "Run the command in a process of its own."
+    kwargs = dict(capture_output=True, text=True, env=environment()) | kwargs
+    return subprocess.run(command(*args), timeout=600, **kwargs)
+
+
+def environment(**more):
+    return clean_environment() | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1') | more
+
+
+def files_of(folder):
+    "What a run leaves for its user: path -> bytes."
+    return {
+        p.relative_to(folder): p.read_bytes()
+        for p in folder.rglob('*')
+        if p.is_file() and '.diffii' not in p.parts and p.name != 'README.md'
+    }
