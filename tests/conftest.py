@@ -1,15 +1,42 @@
-"What several test files use: the checkout, its notebooks, a clean environment for subprocesses, and a browser."
+"What several test files use: the checkout, its notebooks, subprocesses, a browser."
 
-import json, os, re, shutil, subprocess, sys
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+
 import pytest
 
+import diffii  # noqa: F401  before torch: it tells OpenMP's threads how to wait
+
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # nothing here may need a hub
+# test files run side by side, a core for each
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'tools'))
 
-PROBE = """<script>addEventListener('load', () => { const i = [...document.images], m = document.createElement('meta');
-m.name = 'probe'; m.content = [i.length, i.filter(x => !x.complete || !x.naturalWidth).length].join(' '); document.head.append(m); })</script>"""
+PROBE = """<script>addEventListener('load', () => {
+const images = [...document.images], meta = document.createElement('meta');
+const broken = images.filter(image => !image.complete || !image.naturalWidth);
+meta.name = 'probe'; meta.content = [images.length, broken.length].join(' ');
+document.head.append(meta); })</script>"""
+
+BROWSER_OPTIONS = (
+    '--headless',
+    '--no-sandbox',
+    '--disable-gpu',
+    '--disable-quic',
+    '--no-first-run',
+    '--disable-background-networking',
+    '--disable-component-update',
+    '--disable-sync',
+    '--enable-logging=stderr',
+    '--virtual-time-budget=10000',
+    '--dump-dom',
+)
 
 
 @pytest.fixture(scope='session')
@@ -20,74 +47,58 @@ def root():
 @pytest.fixture(scope='session')
 def notebooks():
     "Every notebook of the checkout: path relative to `nbs/` -> its cells."
-    found = sorted(p.relative_to(ROOT / 'nbs') for p in (ROOT / 'nbs').rglob('*.ipynb'))
-    return {
-        p.as_posix(): json.loads((ROOT / 'nbs' / p).read_text(encoding='utf-8'))[
-            'cells'
-        ]
-        for p in found
-        if not any(x[0] in '._' for x in p.parts)
-    }
+    folder = ROOT / 'nbs'
+    found = sorted(p.relative_to(folder) for p in folder.rglob('*.ipynb'))
+    found = [p for p in found if not any(part[0] in '._' for part in p.parts)]
+    read = {p: json.loads((folder / p).read_text(encoding='utf-8')) for p in found}
+    return {p.as_posix(): nb['cells'] for p, nb in read.items()}
+
+
+def clean_environment():
+    "This process's environment without what is said to Python."
+    return {k: v for k, v in os.environ.items() if not k.startswith('PYTHON')}
 
 
 @pytest.fixture(scope='session')
 def run():
-    "Run a command with no PYTHONPATH; a failure shows what it printed."
+    "Run a command in a clean environment; a failure shows what it printed."
 
-    def _run(*cmd, timeout=300, **kw):
-        env = {k: v for k, v in os.environ.items() if not k.startswith('PYTHON')}
-        r = subprocess.run(
-            [str(c) for c in cmd],
-            env=env,
+    def _run(*command, timeout=300, **kwargs):
+        command = [str(c) for c in command]
+        done = subprocess.run(
+            command,
+            env=clean_environment(),
             capture_output=True,
             text=True,
             timeout=timeout,
-            **kw,
+            **kwargs,
         )
-        assert r.returncode == 0, (
-            f'{" ".join(map(str, cmd))}\nexited {r.returncode}\n{r.stdout[-4000:]}\n{r.stderr[-4000:]}'
-        )
-        return r
+        printed = f'{done.stdout[-4000:]}\n{done.stderr[-4000:]}'
+        assert done.returncode == 0, f'{command}\nexited {done.returncode}\n{printed}'
+        return done
 
     return _run
 
 
 @pytest.fixture(scope='session')
 def open_page(run, tmp_path_factory):
-    "Open an HTML file in headless Chromium: (console messages, number of pictures, number that did not load)."
-    browser = (
-        shutil.which('chromium')
-        or shutil.which('chromium-browser')
-        or shutil.which('google-chrome')
-    )
+    "Open an HTML file in Chromium: (console messages, pictures, pictures not loaded)."
+    names = ('chromium', 'chromium-browser', 'google-chrome')
+    browser = next(filter(None, map(shutil.which, names)), None)
     if not browser:
         pytest.skip('no Chromium on this machine: apt-get install chromium')
 
     def _open(page):
-        d = tmp_path_factory.mktemp('page')
+        # a copy, in a folder of its own: the page must need no other file
+        folder = tmp_path_factory.mktemp('page')
         text = Path(page).read_text(encoding='utf-8')
-        (d / 'page.html').write_text(
-            text + PROBE, encoding='utf-8'
-        )  # a copy, in a folder of its own: the page must need no other file
-        r = run(
-            browser,
-            '--headless',
-            '--no-sandbox',
-            '--disable-gpu',
-            '--disable-quic',
-            '--no-first-run',
-            '--disable-background-networking',
-            '--disable-component-update',
-            '--disable-sync',
-            '--enable-logging=stderr',
-            '--virtual-time-budget=10000',
-            f'--user-data-dir={d / "profile"}',
-            '--dump-dom',
-            (d / 'page.html').as_uri(),
-            timeout=300,
-        )
-        probe = re.search(r'<meta name="probe" content="(\d+) (\d+)"', r.stdout)
-        assert probe, f'{page}: the page did not finish loading\n{r.stderr[-2000:]}'
-        return re.findall(r'CONSOLE.*', r.stderr), *map(int, probe.groups())
+        copy = folder / 'page.html'
+        copy.write_text(text + PROBE, encoding='utf-8')
+        profile = f'--user-data-dir={folder / "profile"}'
+        done = run(browser, *BROWSER_OPTIONS, profile, copy.as_uri(), timeout=300)
+        found = re.search(r'<meta name="probe" content="(\d+) (\d+)"', done.stdout)
+        assert found, f'{page}: the page did not finish loading\n{done.stderr[-2000:]}'
+        messages = re.findall(r'CONSOLE.*', done.stderr)
+        return messages, int(found[1]), int(found[2])
 
     return _open

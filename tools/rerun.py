@@ -7,6 +7,7 @@ Cells that begin with `#| slow`, `#| gpu` or `#| notest` are passed over and kee
 the outputs that they have; with `--slow` they run too, but for those of a GPU.
 A notebook with a failing cell is left as it was.
 """
+
 import argparse
 import os
 import re
@@ -16,12 +17,13 @@ from pathlib import Path
 
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
 ROOT = Path(__file__).resolve().parent.parent
+SKIPPED = {'gpu', 'notest', 'eval'}
 
 
 def passed_over(cell, slow):
     "Is this a cell that does not run here?"
-    flags = set(re.findall(r'^#\|\s*(\w+)\s*$', cell.source, re.M))
-    return bool(flags & ({'gpu', 'notest'} if slow else {'gpu', 'notest', 'slow'}))
+    flags = set(re.findall(r'^#\|\s*(\w+)(?:: false)?\s*$', cell.source, re.M))
+    return bool(flags & (SKIPPED if slow else SKIPPED | {'slow'}))
 
 
 def rerun(path, slow=False):
@@ -30,6 +32,7 @@ def rerun(path, slow=False):
     from execnb.shell import CaptureShell
 
     nb = read_nb(path)
+    os.chdir(path.parent)
     shell = CaptureShell(path.parent)
     shell.run_cell('import matplotlib; matplotlib.use("agg")')
     shell.run_cell('%matplotlib inline')
