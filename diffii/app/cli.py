@@ -138,7 +138,7 @@ VersionOption = typer.Option(
 def top(version: Annotated[bool, VersionOption] = False):
     "Diff-II: synthetic training images by inversion circle interpolation."
 
-# %% ../../nbs/app/cli.ipynb #42ad28cc
+# %% ../../nbs/app/cli.ipynb #f0a09909
 def main():
     "The entry point: a user's mistake is one line and exit code 2."
     from diffii.base.files import UserError
@@ -246,7 +246,7 @@ def _read_images(settings):  # -> ImageSet
         return found
     return few_shot(found, about.shots, settings.run.seed)[0]
 
-# %% ../../nbs/app/cli.ipynb #8d6ceca7
+# %% ../../nbs/app/cli.ipynb #81366b0d
 SMALL_MODEL = (
     'note: the shipped model makes 32-pixel images and has seen only digits and drawn '
     'birds. On photographs it runs through every step, but the results are a rehearsal; '
@@ -343,7 +343,7 @@ def remake(
     save_png(to, again(load_pipeline(settings), folder, file_name))
     print(to)
 
-# %% ../../nbs/app/cli.ipynb #386e2627
+# %% ../../nbs/app/cli.ipynb #f64b118e
 def _demo_kinds():
     "The functions behind `demo` and `speed`, whose parameters are the options."
     from diffii.evaluation.speed import speed_table
