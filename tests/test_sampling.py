@@ -1,0 +1,193 @@
+"Sampling: grids of timesteps, solver steps, interpolation, and two-stage denoising."
+
+import pytest
+
+from diffii.base.files import UserError
+from diffii.base.pipeline import load_pipeline
+from diffii.base.seeds import generator
+from diffii.method.diffusion import ddim_grid, ddim_step, dpm_step, first_step, noised
+
+import torch
+from diffusers import (
+    DDIMInverseScheduler,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+)
+
+SPACINGS = ('leading', 'trailing', 'linspace')
+
+
+@pytest.fixture(scope='module')
+def model():
+    "The shipped model, loaded once."
+    return load_pipeline('tiny', device='cpu')
+
+
+@pytest.fixture
+def pipe(model):
+    "The shipped model; what a test changes in its scheduler or its U-Net is put back."
+    scheduler, forward = model.pipe.scheduler, model.unet.forward
+    yield model
+    model.pipe.scheduler, model.unet.forward = scheduler, forward
+    model.micro_batch = model.batch_size
+
+
+def with_scheduler(pipe, kind=DDIMScheduler, **config):
+    "The pipeline with a scheduler of another kind or configuration."
+    pipe.pipe.scheduler = kind.from_config({**pipe.pipe.scheduler.config, **config})
+    return pipe
+
+
+def normal(*keys, n=2, dtype=torch.float32):
+    "Standard normal latents that depend on the keys."
+    return torch.randn(n, 4, 8, 8, generator=generator('sampling', *keys)).to(dtype)
+
+
+# grids
+
+
+@pytest.mark.parametrize('steps', (10, 25, 50))
+@pytest.mark.parametrize('spacing', SPACINGS)
+@pytest.mark.parametrize('kind', (DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler))
+def test_a_grid_has_the_timesteps_of_diffusers(pipe, kind, spacing, steps):
+    with_scheduler(pipe, kind, timestep_spacing=spacing)
+
+    grid = ddim_grid(pipe, steps)
+
+    theirs = DDIMScheduler.from_config(pipe.pipe.scheduler.config)
+    theirs.set_timesteps(steps)
+    assert list(grid.timesteps) == theirs.timesteps.tolist()
+    levels = theirs.alphas_cumprod[theirs.timesteps]
+    assert torch.equal(torch.tensor(grid.abar[:-1]), levels)
+    assert len(grid.abar) == steps + 1
+    assert list(grid.abar) == sorted(grid.abar)
+
+
+def test_the_default_grid_goes_from_961_to_1(pipe):
+    grid = ddim_grid(pipe, 25)
+
+    assert len(grid.timesteps) == 25
+    assert (grid.timesteps[0], grid.timesteps[-1]) == (961, 1)
+
+
+@pytest.mark.parametrize(
+    'config, steps, message',
+    [
+        (dict(timestep_spacing='log'), 25, "timestep_spacing 'log'"),
+        (dict(timestep_spacing='trailing'), 61, '--steps 61'),
+        (dict(timestep_spacing='linspace'), 1, '--steps 1:'),
+        (dict(timestep_spacing='leading'), 1000, '--steps 1000'),
+        (dict(timestep_spacing='leading'), 0, '--steps 0'),
+        (dict(timestep_spacing='leading'), 1001, '--steps 1001'),
+        (
+            dict(timestep_spacing='trailing', rescale_betas_zero_snr=True),
+            25,
+            'pure noise',
+        ),
+    ],
+)
+def test_a_grid_that_cannot_be_is_refused(pipe, config, steps, message):
+    with_scheduler(pipe, **config)
+
+    with pytest.raises(UserError, match=message):
+        ddim_grid(pipe, steps)
+
+
+# steps
+
+
+@pytest.mark.parametrize('spacing', ('leading', 'trailing'))
+def test_ten_steps_down_are_those_of_diffusers(pipe, spacing):
+    with_scheduler(pipe, timestep_spacing=spacing)
+    scheduler = pipe.pipe.scheduler
+    scheduler.set_timesteps(10)
+    grid = ddim_grid(pipe, 10)
+
+    ours = theirs = normal('start')
+    for i, t in enumerate(grid.timesteps):
+        eps = normal('down', i)
+        ours = ddim_step(ours, eps, grid.abar[i], grid.abar[i + 1])
+        theirs = scheduler.step(eps, t, theirs).prev_sample
+
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize('spacing', ('leading', 'trailing'))
+def test_ten_steps_up_are_those_of_diffusers(pipe, spacing):
+    with_scheduler(pipe, timestep_spacing=spacing)
+    scheduler = DDIMInverseScheduler.from_config(pipe.pipe.scheduler.config)
+    scheduler.set_timesteps(10)
+    grid = ddim_grid(pipe, 10)
+    assert list(grid.timesteps)[::-1] == scheduler.timesteps.tolist()
+
+    ours = theirs = normal('start')
+    for i in reversed(range(10)):
+        eps = normal('up', i)
+        ours = ddim_step(ours, eps, grid.abar[i + 1], grid.abar[i])
+        theirs = scheduler.step(eps, grid.timesteps[i], theirs).prev_sample
+
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize('to', (0.3, 1.0))
+def test_a_dpm_step_without_memory_is_a_ddim_step(to):
+    x, eps = normal('x'), normal('eps')
+
+    ours, _ = dpm_step(x, eps, 0.1, to)
+
+    torch.testing.assert_close(ours, ddim_step(x, eps, 0.1, to), atol=1e-5, rtol=1e-5)
+
+
+def test_a_dpm_step_to_the_very_end_leaves_no_memory():
+    assert dpm_step(normal('x'), normal('eps'), 0.1, 1.0)[1] is None
+
+
+def test_a_dpm_step_uses_its_memory():
+    x, eps = normal('x'), normal('eps')
+    middle, memory = dpm_step(x, eps, 0.1, 0.3)
+
+    same, _ = dpm_step(middle, eps, 0.3, 0.6, memory)
+    other, _ = dpm_step(middle, normal('other'), 0.3, 0.6, memory)
+
+    plain, _ = dpm_step(middle, normal('other'), 0.3, 0.6)
+    assert not torch.equal(other, plain)
+    torch.testing.assert_close(same, ddim_step(x, eps, 0.1, 0.6), atol=1e-4, rtol=1e-4)
+
+
+def test_dpm_steps_are_those_of_diffusers():
+    scheduler = DPMSolverMultistepScheduler(
+        algorithm_type='dpmsolver++',
+        solver_order=2,
+        beta_schedule='scaled_linear',
+        beta_start=0.00085,
+        beta_end=0.012,
+        final_sigmas_type='sigma_min',
+    )
+    scheduler.set_timesteps(10)
+    levels = [float(scheduler.alphas_cumprod[t]) for t in scheduler.timesteps]
+
+    ours, theirs, memory = normal('x'), normal('x'), None
+    for i, t in enumerate(scheduler.timesteps[:-1]):
+        eps = normal('dpm', i)
+        ours, memory = dpm_step(ours, eps, levels[i], levels[i + 1], memory)
+        theirs = scheduler.step(eps, t, theirs).prev_sample
+
+    torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    'strength, steps, first',
+    [(1.0, 25, 0), (0.5, 25, 13), (0.1, 25, 23), (0.01, 25, 24), (0.7, 1, 0)],
+)
+def test_sampling_begins_so_that_the_strength_is_left(strength, steps, first):
+    assert first_step(strength, steps) == first
+
+
+def test_noising_keeps_the_variance():
+    x, eps = normal('x', n=64), normal('eps', n=64)
+
+    for abar in (0.0, 0.2, 0.7, 1.0):
+        assert abs(noised(x, eps, abar).std() - 1) < 0.02
+    assert torch.equal(noised(x, eps, 1.0), x)
