@@ -36,14 +36,10 @@ from .method.suffixes import (
     read_suffixes,
 )
 from .method.synthesis import circle_strip, soft_targets
-from .run.captioners import (
-    choose_suffixes,
-    get_captioner,
-    get_summariser,
-    parse_suffixes,
-)
+from .run.contexts import choose_suffixes, get_captioner, get_summariser
 from .run.concept_files import export_concepts, import_concepts, open_concepts
 from .run.pools import build_pool, load_pool, save_pool
+from .run.summarisers import parse_suffixes
 from .run.runs import (
     SyntheticSet,
     load_concepts,

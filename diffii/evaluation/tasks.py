@@ -280,7 +280,7 @@ def folder_data(folder: str, settings: DataSettings) -> DataSet:
     "A folder of one's own; tested on another folder, or on what a sample leaves over."
     from diffii.base.images import image_folder
     from diffii.data.paper_sets import DATASETS
-    from diffii.run.captioners import GENERAL, choose_suffixes
+    from diffii.run.contexts import GENERAL, choose_suffixes
 
     names = ', '.join([*SHIPPED, *DATASETS])
     ok = Path(folder).is_dir()

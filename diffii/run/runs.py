@@ -277,7 +277,7 @@ def synthesize(
 
 def run_suffixes(settings, images, out, progress) -> tuple:
     "The suffixes that settings.contexts asks for, and where they come from."
-    from diffii.run.captioners import GENERAL, choose_suffixes, kept_suffixes
+    from diffii.run.contexts import GENERAL, choose_suffixes, kept_suffixes
 
     if not settings.sampling.suffixed_steps:
         return [], 'not needed'
