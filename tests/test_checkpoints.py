@@ -11,11 +11,15 @@ from diffii.method.concepts import (
     Concepts,
     start_embeddings,
     learn_concepts,
-    read_weights,
     sample_row,
 )
 from diffii.base.settings import ConceptSettings, SamplingSettings
-from diffii.run.concept_files import FORMATS, export_concepts, import_concepts
+from diffii.run.concept_files import (
+    FORMATS,
+    export_concepts,
+    import_concepts,
+    read_weights,
+)
 from diffii.base.pipeline import model_digest, same_model
 from diffii.method.denoising import two_stage_denoise
 from diffii.base.settings import InversionSettings
@@ -317,7 +321,7 @@ def test_from_images_to_images(checkpoint, kind, dtype):
     )
     for r, s in zip(
         got.embeddings,
-        start_embeddings(pipe, 4, ConceptSettings(**got.settings), 'tree', 0),
+        start_embeddings(pipe, 4, got.settings, 'tree', 0),
     ):
         assert (
             r.dtype == torch.float32
@@ -588,7 +592,7 @@ def test_what_diff_mix_publishes(checkpoint, tmp_path):
         back = import_concepts(pipe, tmp_path, classes=classes, metaclass='tree')
         assert back.classes == tuple(classes) and (
             back.n_tokens,
-            back.settings['rank'],
+            back.settings.rank,
             back.base,
         ) == (1, 2, got.base)
         assert (
@@ -632,8 +636,8 @@ def test_out_and_in_again(checkpoint, tmp_path, kind, form):
     export_concepts(got, tmp_path, form)
     back = import_concepts(pipe, tmp_path, classes=TREES.classes, metaclass='tree')
     assert torch.equal(eps_with(back, pipe), eps_with(got, pipe))
-    assert [back.settings[k] for k in ('n_tokens', 'rank')] == [
-        got.settings[k] for k in ('n_tokens', 'rank')
+    assert [getattr(back.settings, k) for k in ('n_tokens', 'rank')] == [
+        getattr(got.settings, k) for k in ('n_tokens', 'rank')
     ] and all(torch.equal(a, b) for a, b in zip(back.embeddings, got.embeddings))
     back.save(tmp_path / 'again')
     assert torch.equal(
@@ -658,7 +662,7 @@ def test_textual_inversion_files(checkpoint, tmp_path):
     got = Concepts(
         ('oak', 'elm'),
         'tree',
-        {**ConceptSettings(n_tokens=3, rank=0).__dict__},
+        ConceptSettings(n_tokens=3, rank=0),
         model_digest(pipe),
         [rows.flatten(0, 1)],
         {},
@@ -734,7 +738,7 @@ def test_a_lora_of_other_layers_and_ranks(checkpoint, tmp_path):
     other = load(checkpoint('sd1'))
     other.pipe.load_lora_weights(tmp_path / 'lora.safetensors')
     assert (
-        got.settings['rank'] == 3
+        got.settings.rank == 3
         and (eps(other, ['a bird']) - eps(pipe, ['a bird'])).abs().max() > 1e-3
     )
     with got.attached(pipe):

@@ -229,7 +229,7 @@ def synthesize(
     learn = METHODS[cfg.method].learn
     ccfg = settings.concepts
     if concepts is not None and learn != 'none':
-        ccfg = ConceptSettings(**concepts.settings)
+        ccfg = concepts.settings
     tracker, sample_every = settings.run.tracker, settings.run.sample_every
     check_tracker(tracker)
     if suffixes is None:
