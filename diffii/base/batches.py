@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Pixels', 'one_hot', 'Labelled', 'shift', 'mirror', 'Prepare', 'Views']
 
-# %% ../../nbs/base/batches.ipynb #1c4ecb3a
+# %% ../../nbs/base/batches.ipynb #ae08d841
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from fastcore.basics import patch
 
 from .backbones import square
 from .files import require
@@ -54,12 +55,12 @@ class Pixels:
         with ThreadPoolExecutor(n_workers) as pool:
             return torch.stack(list(pool.map(self._read, range(len(self)))))
 
-# %% ../../nbs/base/batches.ipynb #2b21e8ee
+# %% ../../nbs/base/batches.ipynb #57a46122
 def one_hot(labels, n_classes: int) -> np.ndarray:  # (n, K) float32
     "Labels as vectors of zeros with a one."
     return np.eye(n_classes, dtype='float32')[np.asarray(labels, dtype=int)]
 
-
+# %% ../../nbs/base/batches.ipynb #510bd19f
 @dataclass
 class Labelled:
     "Images with their target vectors: item `i` is a uint8 image and a (K,) tensor."
@@ -144,7 +145,7 @@ class Prepare:
         crop = v2.RandomResizedCrop(self.size, self.scale, antialias=True)
         return torch.stack([crop(im) for im in x])
 
-# %% ../../nbs/base/batches.ipynb #4bd09c95
+# %% ../../nbs/base/batches.ipynb #7b125971
 @dataclass
 class Views:
     "How image sets become batches for one network."
@@ -177,36 +178,40 @@ class Views:
         pixels = self.pixels(images, name)
         return Labelled(pixels, one_hot(images.labels, len(self.classes)))
 
-    def loader(
-        self,
-        items,  # with `len`; item `i` is a uint8 image and a target vector
-        batch_size: int,
-        kept: bool = True,  # are the images in memory? Else `n_workers` processes read
-        **prepare,  # fields of `Prepare`
-    ):  # fastai DataLoader
-        "A loader of prepared batches."
-        from fastai.data.load import DataLoader
-
-        loader = DataLoader(
-            items,
-            bs=batch_size,
-            num_workers=0 if kept else self.n_workers,
-            device=self.device,
-            after_batch=Prepare(self.size, self.mean, self.std, **prepare),
-        )
-        loader.to_detach = _own_predictions
-        return loader
-
-    def test_loader(self, images, batch_size: int = 256, name: str = 'test set'):
-        "A loader of a test set, whose images are read as they are needed."
-        self.check(images, name)
-        pixels = Pixels(images, self.side, memory=0)
-        items = Labelled(pixels, one_hot(images.labels, len(self.classes)))
-        return self.loader(items, batch_size, kept=False)
-
-
+# %% ../../nbs/base/batches.ipynb #35a46f70
 def _own_predictions(b, cpu=True, gather=True):
     "Each of several processes keeps the predictions it made; fastai would join them."
     from fastai.torch_core import to_detach
 
     return to_detach(b, cpu, False)
+
+
+@patch
+def loader(
+    self: Views,
+    items,  # with `len`; item `i` is a uint8 image and a target vector
+    batch_size: int,
+    kept: bool = True,  # are the images in memory? Else `n_workers` processes read
+    **prepare,  # fields of `Prepare`
+):  # fastai DataLoader
+    "A loader of prepared batches."
+    from fastai.data.load import DataLoader
+
+    loader = DataLoader(
+        items,
+        bs=batch_size,
+        num_workers=0 if kept else self.n_workers,
+        device=self.device,
+        after_batch=Prepare(self.size, self.mean, self.std, **prepare),
+    )
+    loader.to_detach = _own_predictions
+    return loader
+
+
+@patch
+def test_loader(self: Views, images, batch_size: int = 256, name: str = 'test set'):
+    "A loader of a test set, whose images are read as they are needed."
+    self.check(images, name)
+    pixels = Pixels(images, self.side, memory=0)
+    items = Labelled(pixels, one_hot(images.labels, len(self.classes)))
+    return self.loader(items, batch_size, kept=False)
