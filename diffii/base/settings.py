@@ -9,7 +9,7 @@ __all__ = ['WORDS', 'LR_SCHEDULES', 'SOLVERS', 'INTERPOLATIONS', 'FAST', 'settin
            'checked_groups', 'checked', 'ClassifierSettings', 'DataSettings', 'TrialSettings', 'BenchmarkSettings',
            'read_config', 'config_text']
 
-# %% ../../nbs/base/settings.ipynb #97aef22f
+# %% ../../nbs/base/settings.ipynb #bd96ba8b
 import inspect
 import json
 import math
@@ -23,10 +23,12 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated
 
+from fastcore.basics import patch
+
 from .files import UserError, read_json, require
 from .methods import METHODS
 
-# %% ../../nbs/base/settings.ipynb #360fc5f2
+# %% ../../nbs/base/settings.ipynb #00bfb017
 def setting(
     default,
     option: str | bool = '',  # the command's option; by default the field's name
@@ -42,7 +44,7 @@ def setting(
         default=default, metadata={**about, 'choices': choices, 'first': first}
     )
 
-# %% ../../nbs/base/settings.ipynb #e63725a9
+# %% ../../nbs/base/settings.ipynb #01b4a3c2
 @dataclass(frozen=True)
 class Spec:
     "One setting, as its field and its comment tell it."
@@ -87,7 +89,7 @@ def specs(
         for name, default, about in found
     )
 
-
+# %% ../../nbs/base/settings.ipynb #edc9d535
 def _default(f):
     "The default of a dataclass field."
     return f.default_factory() if f.default is MISSING else f.default
@@ -102,7 +104,7 @@ def _spec(name, kind, default, doc, about):
     doc = ' '.join(doc.split())
     return Spec(name, kind, many, NoneType in parts, default, doc, about)
 
-# %% ../../nbs/base/settings.ipynb #9e2ce9f9
+# %% ../../nbs/base/settings.ipynb #0b7d2654
 def read_value(spec: Spec, value):
     "`value` in the type of the setting. Raises `UserError`, naming the option."
     name = f'{spec.option or spec.name} {value}'
@@ -165,7 +167,7 @@ def _convert(spec, value, name):
         raise wrong
     return got
 
-# %% ../../nbs/base/settings.ipynb #7de61129
+# %% ../../nbs/base/settings.ipynb #35f6cbcf
 @dataclass
 class Group:
     "Settings that belong together; every value is checked when the object is made."
@@ -191,7 +193,7 @@ class Group:
         "The group with what is given, what the model recommends, and the defaults."
         return settings_for(cls, recommended(cls, pipe, metaclass), **given)
 
-
+# %% ../../nbs/base/settings.ipynb #f6eeece7
 def recommended(
     group: type,  # a class of settings
     pipe,  # a loaded `Pipeline`, or the dict of a `diffii.json`; None for no model
@@ -217,7 +219,7 @@ def model_notes(model: str) -> dict:  # stage -> settings, and the model's versi
     file = folder / 'diffii.json'
     return read_json(file) if file.is_file() else {}
 
-# %% ../../nbs/base/settings.ipynb #9e4b5166
+# %% ../../nbs/base/settings.ipynb #21ba8c77
 @dataclass
 class ImageSettings(Group):
     "The training images, and what is known of them all."
@@ -236,7 +238,7 @@ class ImageSettings(Group):
     image_column: str = setting('file_name')
     label_column: str = setting('label')  # of a CSV table: the column of categories
 
-
+# %% ../../nbs/base/settings.ipynb #003cd0ea
 @dataclass
 class ModelSettings(Group):
     "The diffusion model, and how it is loaded."
@@ -292,7 +294,7 @@ class ConceptSettings(Group):
     # steps between checkpoints, where there is a folder for them
     save_every: int = setting(500, least=1)
 
-# %% ../../nbs/base/settings.ipynb #a9f631b1
+# %% ../../nbs/base/settings.ipynb #cdd3e9fc
 @dataclass
 class InversionSettings(Group):
     "DDIM inversion of the training images. The defaults are the paper's."
@@ -339,13 +341,13 @@ class InversionSettings(Group):
             usual.pop('per_image', None)  # without their noise all would be the same
         return settings_for(cls, usual, **given)
 
-# %% ../../nbs/base/settings.ipynb #36b36974
+# %% ../../nbs/base/settings.ipynb #7e476be4
 SOLVERS = ('ddim', 'dpm++')
 INTERPOLATIONS = ('circle', 'inward', 'none')
 # sampling that needs about a third of the U-Net calls
 FAST = dict(guided=(0.0, 0.6), solver='dpm++', stride=3)
 
-
+# %% ../../nbs/base/settings.ipynb #355b1c0c
 @dataclass
 class SamplingSettings(Group):
     """The plan of the synthetic images and their sampling. The defaults are the paper's
@@ -394,18 +396,20 @@ class SamplingSettings(Group):
         text = f'--guided {self.guided}'
         require(ordered, f'{text}: two fractions of the trajectory, as 0,0.7')
 
-    @property
-    def start(self) -> str:
-        "Where sampling starts: 'circle', 'noise', 'image' or 'nothing'."
-        start = METHODS[self.method].start
-        return 'noise' if start == 'circle' and self.interpolation == 'none' else start
+# %% ../../nbs/base/settings.ipynb #928a439d
+@patch(as_prop=True)
+def start(self: SamplingSettings) -> str:
+    "Where sampling starts: 'circle', 'noise', 'image' or 'nothing'."
+    found = METHODS[self.method].start
+    return 'noise' if found == 'circle' and self.interpolation == 'none' else found
 
-    @property
-    def suffixed_steps(self) -> int:
-        "How many of the steps belong to the first stage, under the context."
-        return round(self.split_ratio * self.steps)
 
-# %% ../../nbs/base/settings.ipynb #b8844daa
+@patch(as_prop=True)
+def suffixed_steps(self: SamplingSettings) -> int:
+    "How many of the steps belong to the first stage, under the context."
+    return round(self.split_ratio * self.steps)
+
+# %% ../../nbs/base/settings.ipynb #36c269bd
 @dataclass
 class ContextSettings(Group):
     "Where the contexts in the prompts come from."
@@ -419,7 +423,7 @@ class ContextSettings(Group):
     # environment), or a chat model
     summariser: str = setting('cluster')
 
-
+# %% ../../nbs/base/settings.ipynb #cdbb6b2d
 @dataclass
 class RunSettings(Group):
     "One run: where it writes, and what it goes on from."
@@ -436,7 +440,7 @@ class RunSettings(Group):
     sample_every: int = setting(500, least=0)
     log: str | None = setting(None)  # a file that gets the progress as lines of JSON
 
-# %% ../../nbs/base/settings.ipynb #d70ebee2
+# %% ../../nbs/base/settings.ipynb #ea09d92b
 @dataclass
 class Settings:
     "All settings of a run, in groups."
@@ -480,7 +484,7 @@ class Settings:
             **{k: kind.of(pipe, metaclass, **given[k]) for k, kind in kinds.items()}
         )
 
-
+# %% ../../nbs/base/settings.ipynb #76634f63
 def group_kinds(cls: type) -> dict:  # name of the group -> its class
     "The groups of a dataclass of groups."
     kinds = typing.get_type_hints(cls, include_extras=True)
@@ -546,7 +550,7 @@ class ClassifierSettings(Group):
     # processes that read images which do not fit into that memory
     n_workers: int = setting(0, least=0)
 
-# %% ../../nbs/base/settings.ipynb #c902aac5
+# %% ../../nbs/base/settings.ipynb #8044afb4
 @dataclass
 class DataSettings(Group):
     "The data set of an experiment."
@@ -566,7 +570,7 @@ class DataSettings(Group):
     # use the images that settings are chosen on, of digits or aviary
     tuning: bool = setting(False)
 
-
+# %% ../../nbs/base/settings.ipynb #87a7e77a
 @dataclass
 class TrialSettings(Group):
     "What is compared, and how often."
@@ -589,7 +593,7 @@ class TrialSettings(Group):
     # a short form that only shows that everything runs
     quick: bool = setting(False)
 
-
+# %% ../../nbs/base/settings.ipynb #dac1d740
 @dataclass
 class BenchmarkSettings:
     "All settings of an experiment, in groups."
@@ -607,7 +611,7 @@ class BenchmarkSettings:
         whole = dict(data=DataSettings, trials=TrialSettings, model=ModelSettings)
         return cls(**given | {k: kind(**given[k]) for k, kind in whole.items()})
 
-# %% ../../nbs/base/settings.ipynb #b0594123
+# %% ../../nbs/base/settings.ipynb #87366bd7
 def read_config(path, groups: type = Settings) -> dict:
     "The settings that a YAML file gives, by group; any error is a `UserError`."
     import yaml

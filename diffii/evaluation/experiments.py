@@ -93,7 +93,7 @@ def cell_settings(
         run=dict(seed=e.seed + trial),
     )
 
-# %% ../../nbs/evaluation/experiments.ipynb #7e058b30
+# %% ../../nbs/evaluation/experiments.ipynb #bfbc8c32
 def classifier_settings(
     experiment: Experiment, configuration: Configuration
 ) -> ClassifierSettings:
@@ -103,7 +103,7 @@ def classifier_settings(
     common = dict(flip=experiment.data.flip, device=experiment.device)
     return ClassifierSettings(**common, **given)
 
-
+# %% ../../nbs/evaluation/experiments.ipynb #1a4fb825
 def given_classifier(dataset: str, settings: BenchmarkSettings) -> dict:
     "What is given, then the preset's, then 32 pixels for what ships and 224 for others."
     given = settings.classifier
@@ -202,7 +202,7 @@ def make_synthetic(e: Experiment, condition, configuration, trial, train):
         progress,
     )
 
-# %% ../../nbs/evaluation/experiments.ipynb #1b14fe98
+# %% ../../nbs/evaluation/experiments.ipynb #a0a4abc1
 def oracle(e: Experiment, classes: tuple):
     "The classifier that judges images of these categories; None without images for it."
     from diffii.method.classifier import train_classifier
@@ -247,7 +247,7 @@ def distances(judge, made, test, k: int = 5) -> dict:
         found['frechet'] = fid(real, synthetic)
     return found
 
-# %% ../../nbs/evaluation/experiments.ipynb #d7877ae4
+# %% ../../nbs/evaluation/experiments.ipynb #15ad4b7c
 def _lpips(made, device):
     "LPIPS diversity, or None where its weights are missing."
     from diffii.base.files import UserError
@@ -267,7 +267,7 @@ def _clip_score(made, clip, device):
     prompts = [f'a photo of a {name} {made.metaclass}' for name in names]
     return clip_score(made, prompts, **clip_weights(clip), device=device)
 
-
+# %% ../../nbs/evaluation/experiments.ipynb #cce4464e
 def check_clip(clip: str | None) -> tuple | None:  # (model, tag or file of weights)
     "What `--clip` names, as MODEL:TAG or MODEL:FILE. Raises `UserError`."
     import open_clip
@@ -295,7 +295,7 @@ def clip_weights(clip: tuple) -> dict:
     file = tag if Path(tag).is_file() else None
     return dict(model=model, pretrained=tag, weights_file=file)
 
-# %% ../../nbs/evaluation/experiments.ipynb #a60e888c
+# %% ../../nbs/evaluation/experiments.ipynb #463f743d
 def run_cell(e: Experiment, condition, configuration, trial: int) -> dict:
     "Make the synthetic images of a cell, train its classifier, measure."
     import time
@@ -323,7 +323,7 @@ def run_cell(e: Experiment, condition, configuration, trial: int) -> dict:
         found |= measure(e, made, test)
     return found | dict(seconds=time.time() - began)
 
-
+# %% ../../nbs/evaluation/experiments.ipynb #fbac73c3
 def _scores(task, result, train, test, made) -> dict:
     "Accuracies in percent, and what they are of."
     from diffii.evaluation.long_tail import group_accuracy, shot_groups
@@ -383,7 +383,7 @@ def _check_images(e, condition, train):
         if METHODS[settings.sampling.method].learn != 'none':
             check_learning(e.pipe, train, settings.concepts)
 
-# %% ../../nbs/evaluation/experiments.ipynb #ee5a3194
+# %% ../../nbs/evaluation/experiments.ipynb #41a0abf7
 def about_run(e: Experiment, dataset: str) -> dict:
     "What decides the numbers of an experiment, as it can stand in JSON."
     from diffii.base.pipeline import model_digest
@@ -410,7 +410,7 @@ def about_run(e: Experiment, dataset: str) -> dict:
     given = dict(concepts=s.concepts, classifier=e.classifier)
     return about | dict(model=model) | given | which
 
-# %% ../../nbs/evaluation/experiments.ipynb #2eba8f60
+# %% ../../nbs/evaluation/experiments.ipynb #1162adef
 def benchmark(
     task: str = 'few-shot',  # one of `TASKS`
     dataset: str = 'digits',  # see `open_data_set`

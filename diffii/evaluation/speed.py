@@ -19,7 +19,7 @@ from pathlib import Path
 from ..base.files import require
 from ..base.settings import FAST, Settings
 
-# %% ../../nbs/evaluation/speed.ipynb #03f4dfd3
+# %% ../../nbs/evaluation/speed.ipynb #2137a71a
 def job(categories: int, images: int) -> tuple:  # (image set, suffixes)
     "Images to invert and to expand."
     from diffii.data.aviary import CONTEXTS, aviary_set
@@ -61,7 +61,7 @@ def covered(calls: list) -> float:
         until = max(until, ended)
     return total
 
-# %% ../../nbs/evaluation/speed.ipynb #0af47fb3
+# %% ../../nbs/evaluation/speed.ipynb #138f636b
 STAGES = ('loading', 'inverting', 'sampling', 'unet')
 
 
@@ -82,7 +82,7 @@ def one_by_one(model: str, images, suffixes: list, settings: Settings) -> dict:
         seconds['unet'] += covered(calls)
     return seconds
 
-
+# %% ../../nbs/evaluation/speed.ipynb #dca668e1
 def _invert_singly(pipe, images, k, settings):
     "(inversions of category k, seconds)"
     import torch
@@ -116,7 +116,7 @@ def _sample_singly(pipe, images, k, pool, suffixes, settings):
         make_batch(pipe, concepts, pool, [row])
     return time.perf_counter() - began
 
-# %% ../../nbs/evaluation/speed.ipynb #c8039de8
+# %% ../../nbs/evaluation/speed.ipynb #efdfde22
 def together(
     model: str,
     images,
@@ -156,14 +156,14 @@ def _warm_up(pipe):
         prompts = pipe.encode_prompts([''] * n)
         pipe.predict_eps(torch.zeros(n, *pipe.latent_shape), 1, prompts)
 
-# %% ../../nbs/evaluation/speed.ipynb #237f9469
+# %% ../../nbs/evaluation/speed.ipynb #f9a44f04
 def exact_settings(**given) -> Settings:
     "The paper's settings, with plain inversions, whatever the model recommends."
     plain = dict(forward_steps=0, fixed_point_iters=0, per_image=1)
     sampling = dict(guidance_scale=7.5, split_ratio=0.3) | given
     return Settings.of(inversion=plain, sampling=sampling)
 
-
+# %% ../../nbs/evaluation/speed.ipynb #823ddfe9
 def speed_table(
     model: str = 'tiny',  # hub id or folder of a model, or tiny for the one that ships
     categories: int = 5,  # categories of the job
@@ -196,7 +196,7 @@ def speed_table(
                 runs[name].append(seconds)
     return _ratios(runs, n=categories * images, expansion=expansion)
 
-
+# %% ../../nbs/evaluation/speed.ipynb #58875b12
 def _ratios(runs, n, expansion):
     "Medians of seconds as images per second and as ratios to the first procedure."
     import pandas as pd
@@ -214,7 +214,7 @@ def _ratios(runs, n, expansion):
     }
     return pd.DataFrame(columns)
 
-# %% ../../nbs/evaluation/speed.ipynb #8a400a63
+# %% ../../nbs/evaluation/speed.ipynb #54659bf8
 def peak_memory(
     model: str = 'tiny',
     categories: int = 5,
@@ -231,7 +231,7 @@ def peak_memory(
     require(done.returncode == 0, f'speed: the run failed ({why})')
     return json.loads(done.stdout.splitlines()[-1])
 
-
+# %% ../../nbs/evaluation/speed.ipynb #aaa086b0
 def _probe(model, categories, images, expansion, steps):
     "What `peak_memory` asks of the other process."
     import tempfile
@@ -255,7 +255,7 @@ def _peak() -> float:
     unit = 2**20 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
-# %% ../../nbs/evaluation/speed.ipynb #8473bee1
+# %% ../../nbs/evaluation/speed.ipynb #fca613b3
 # categories, images of each, expansion
 SIZES = ((5, 20, 1), (10, 20, 1), (20, 20, 1), (5, 40, 1), (5, 20, 5), (5, 20, 20))
 

@@ -250,7 +250,7 @@ def compared(
         found.append((other, mean, half, verdict))
     return found
 
-# %% ../../nbs/evaluation/tables.ipynb #af9500fa
+# %% ../../nbs/evaluation/tables.ipynb #3ba1fccf
 def verdicts(
     cells: list, row: str | None = None, model: str = 'tiny'
 ):  # -> pandas table
@@ -329,7 +329,7 @@ def plot_sweep(lines, original):
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/evaluation/tables.ipynb #77e18b6e
+# %% ../../nbs/evaluation/tables.ipynb #62a4678b
 def write_tables(out, task: str, conditions: list, arch: str = 'small'):  # -> table
     "Write `table.csv`, `table.json` and `plot.png` from the finished cells."
     import matplotlib.pyplot as plt
@@ -365,13 +365,13 @@ def notes(cells: list, record: dict) -> list:  # of lines
     models = dict.fromkeys(c['clip_model'] for c in cells if c.get('clip_model'))
     return lines + [f'clip: CLIP score by {name}' for name in models]
 
-
+# %% ../../nbs/evaluation/tables.ipynb #12cb3aec
 def model_of(record: dict) -> str:
     "The model of an experiment's record."
     model = record['model']
     return model['model'] if isinstance(model, dict) else model
 
-# %% ../../nbs/evaluation/tables.ipynb #872b3831
+# %% ../../nbs/evaluation/tables.ipynb #18727677
 def finished(out) -> tuple:  # (record, cells, table)
     "What an experiment left, its table made anew from its cells."
     import pandas as pd
@@ -391,7 +391,7 @@ def finished(out) -> tuple:  # (record, cells, table)
     table = pd.DataFrame([line | now(line) for line in lines]).dropna(axis=1, how='all')
     return read_json(out / 'experiment.json'), cells, table
 
-
+# %% ../../nbs/evaluation/tables.ipynb #6d275ea7
 def show_results(
     out,  # folder of an experiment that was run
     *rows: str,  # configurations to compare with the others, besides Diff-II as it is

@@ -18,7 +18,7 @@ from ..base.methods import get_method
 from ..base.settings import FAST, DataSettings, TrialSettings
 from ..data.sets import DataSet, shipped_set
 
-# %% ../../nbs/evaluation/tasks.ipynb #1c20375b
+# %% ../../nbs/evaluation/tasks.ipynb #dd9a9475
 @dataclass(frozen=True)
 class Configuration:
     "One line of a table: how images are made, and how the classifier is trained."
@@ -155,7 +155,7 @@ def published_contexts(data: DataSet, **of) -> list | None:
     lists = DATASETS[data.name].suffix_lists(**of)
     return read_suffixes([s for name in lists for s in published_suffixes(name)])
 
-# %% ../../nbs/evaluation/tasks.ipynb #0e5037ee
+# %% ../../nbs/evaluation/tasks.ipynb #5e15d8e4
 def few_shot_condition(data: DataSet, shots: int, configurations: list, seed: int):
     "So many images of each category; tested on the test set, or on what is left."
     from diffii.base.images import few_shot
@@ -173,7 +173,7 @@ def few_shot_condition(data: DataSet, shots: int, configurations: list, seed: in
         suffixes=published_contexts(data, shots=shots),
     )
 
-
+# %% ../../nbs/evaluation/tasks.ipynb #62c34bff
 def long_tail_condition(
     data: DataSet, imbalance: float, configurations: list, seed: int
 ):
@@ -197,7 +197,7 @@ def long_tail_condition(
         suffixes=published_contexts(data, imbalance=imbalance),
     )
 
-
+# %% ../../nbs/evaluation/tasks.ipynb #461d758c
 def shifted_condition(data: DataSet, shots: int, configurations: list, seed: int):
     "Trained before one background, tested before two (Waterbirds and its drawn twin)."
     name = f'--dataset {data.name}: has no shifted test set'
@@ -213,7 +213,7 @@ def shifted_condition(data: DataSet, shots: int, configurations: list, seed: int
         suffixes=published_contexts(data, shots=shots),
     )
 
-# %% ../../nbs/evaluation/tasks.ipynb #a9e5e1d3
+# %% ../../nbs/evaluation/tasks.ipynb #72560c0c
 TASKS = ('few-shot', 'long-tail', 'ood', 'ablation', 'strength', 'fast', *SWEEPS)
 # option: the tasks that it belongs to
 OPTIONS = dict(
@@ -252,7 +252,7 @@ def configurations(task: str, trials: TrialSettings) -> list:
     usual = LONG_TAILED if task == 'long-tail' else FEW_SHOT
     return [configuration(name) for name in trials.methods or usual]
 
-# %% ../../nbs/evaluation/tasks.ipynb #462724c3
+# %% ../../nbs/evaluation/tasks.ipynb #bf85697a
 SHIPPED = ('digits', 'aviary')
 
 
@@ -296,7 +296,7 @@ def folder_data(folder: str, settings: DataSettings) -> DataSet:
         flip=True,
     )
 
-# %% ../../nbs/evaluation/tasks.ipynb #aef8f164
+# %% ../../nbs/evaluation/tasks.ipynb #7fcdcbb9
 def paper_data(name: str, root: str | None) -> DataSet:
     "One of the paper's data sets, from the folder that holds it."
     from diffii.base.images import few_shot, halve
