@@ -58,7 +58,7 @@ def sample_images(
         x = ddim_step(x, eps, abar, abar_next)
     return pipe.decode_latents(x)
 
-# %% ../../nbs/method/concepts.ipynb #da76f72d
+# %% ../../nbs/method/concepts.ipynb #5a775f5b
 class ExtraEmbeddings(nn.Module):
     "A frozen embedding table and trainable embeddings behind it: id V + j is `extra[j]`."
 
@@ -75,6 +75,10 @@ class ExtraEmbeddings(nn.Module):
     @property
     def weight(self):
         return self.table.weight
+
+    @property
+    def num_embeddings(self):
+        return self.table.num_embeddings + len(self.extra)
 
     def forward(self, ids):
         size = self.table.num_embeddings
@@ -403,7 +407,7 @@ def finish(self: ConceptTraining) -> Concepts:
         concepts.lora = {k: v.detach().cpu().clone() for k, v in lora.items()}
     return concepts
 
-# %% ../../nbs/method/concepts.ipynb #becac573
+# %% ../../nbs/method/concepts.ipynb #4c7d10da
 @patch
 def write_checkpoint(self: ConceptTraining, file: Path):
     "Keep everything that the next step depends on."
