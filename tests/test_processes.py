@@ -1,169 +1,272 @@
 "Several processes: each does its share, and together they make what one would have made."
 
-import json, os, subprocess, sys
-import numpy as np, pytest
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
 from PIL import Image
-from diffii.data.digits import digits_set
+
+from diffii.base.files import UserError
 from diffii.base.images import few_shot
+from diffii.base.processes import Progress, check_tracker, first_makes, processes
+from diffii.data.digits import digits_set
 
 
 def launch(n, *args, cwd, what=('-m', 'diffii'), ok=True):
-    "Run `diffii`, or a script, in n processes on the CPU, by torch's launcher; accelerate's starts several for GPUs only."
-    env = {k: v for k, v in os.environ.items() if not k.startswith('PYTHON')} | {
-        'HF_HUB_OFFLINE': '1',
-        'OMP_NUM_THREADS': '1',
-    }
-    start = (
-        [
-            '-m',
-            'torch.distributed.run',
-            '--standalone',
-            '--nproc_per_node',
-            str(n),
-            *what,
-        ]
-        if n > 1
-        else what
+    """Run `diffii`, or a script, in n processes on the CPU. torch's launcher starts them;
+    accelerate's starts several for GPUs only."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith('PYTHON')}
+    env |= {'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
+    several = [
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        '--nproc_per_node',
+        str(n),
+    ]
+    start = [*several, *what] if n > 1 else what
+    command = [sys.executable, *start, *map(str, args)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env=env, cwd=cwd
     )
-    r = subprocess.run(
-        [sys.executable, *start, *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=env,
-        cwd=cwd,
-    )
-    assert (r.returncode == 0) == ok, r.stdout[-2000:] + r.stderr[-4000:]
-    return r
+    assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
 
 
-def test_two_processes_make_the_images_of_one(tmp_path):
+# ---- one process
+
+
+def test_a_process_alone_is_the_first_of_one():
+    me = processes()
+
+    assert (me.process_index, me.num_processes, me.is_main_process) == (0, 1, True)
+    assert first_makes(lambda: ['made']) == ['made']
+
+
+def test_what_cannot_be_made_is_an_error():
+    def fail():
+        raise UserError('--out x: no')
+
+    with pytest.raises(UserError, match='--out x: no'):
+        first_makes(fail)
+
+
+def test_an_unknown_tracker_is_refused():
+    check_tracker(None)
+    with pytest.raises(UserError, match='--tracker paper: one of aim'):
+        check_tracker('paper')
+
+
+@pytest.mark.parametrize('tracker', ('comet_ml', [None, 'comet_ml']))
+def test_a_tracker_that_is_not_installed_is_named(monkeypatch, tracker):
+    monkeypatch.setattr('accelerate.tracking.get_available_trackers', lambda: [])
+
+    with pytest.raises(UserError, match='pip install comet-ml'):
+        check_tracker(tracker)
+
+
+def test_progress_remembers_each_step_once_it_ends():
+    progress = Progress(quiet=True)
+
+    for i in range(3):
+        progress('counting', i + 1, 3)
+    progress('stopped in the middle', 1, 5)
+    progress('next', 1, 1)
+
+    assert list(progress.seconds) == ['counting', 'stopped in the middle', 'next']
+
+
+def test_the_log_has_few_lines_and_the_last(tmp_path):
+    progress = Progress(quiet=True, log=tmp_path / 'log.jsonl')
+
+    for i in range(50):
+        progress('fast', i + 1, 50)
+
+    lines = (tmp_path / 'log.jsonl').read_text().splitlines()
+    last = json.loads(lines[-1])
+    assert 2 <= len(lines) < 50
+    assert (last['step'], last['done'], last['total']) == ('fast', 50, 50)
+
+
+# ---- synthesis in two processes
+
+SMALL_RUN = (
+    '--metaclass digit --concept-steps 4 --concept-batch 4 --steps 4 --expansion 2 '
+    '--batch-size 8 --no-flip'
+).split()
+
+
+def save_digits(folder):
+    "Two digits of each kind in folders."
     few, _ = few_shot(digits_set('pool'), 2, seed=0)
     for i in range(len(few)):
-        f = tmp_path / 'digits' / few.classes[few.labels[i]] / f'{few.names[i]}.png'
-        f.parent.mkdir(parents=True, exist_ok=True)
-        few.open(i).save(f)
-    args = lambda out: (
-        'augment',
-        tmp_path / 'digits',
-        '--metaclass',
-        'digit',
-        '--out',
-        tmp_path / out,
-        '--concept-steps',
-        4,
-        '--concept-batch',
-        4,
-        '--steps',
-        4,
-        '--expansion',
-        2,
-        '--batch-size',
-        8,
-        '--no-flip',
-    )
-    launch(1, *args('one'), cwd=tmp_path)
-    r = launch(2, *args('two'), cwd=tmp_path)
-    assert r.stdout.count('40 synthetic images') == 1  # one process speaks
-    assert (
-        '--concept-batch 3: give a multiple of the 2 processes'
-        in launch(2, *args('odd'), '--concept-batch', 3, cwd=tmp_path, ok=False).stderr
-    )  # and there are two
-    rows = {
-        out: [
-            json.loads(l)
-            for l in (tmp_path / out / 'metadata.jsonl').read_text().splitlines()
-        ]
-        for out in ('one', 'two')
-    }
-    strip = lambda r: {k: v for k, v in r.items() if k not in ('alpha', 'strength')}
-    assert list(map(strip, rows['one'])) == list(
-        map(strip, rows['two'])
-    )  # the same plan, but for the last digits of angles
-    assert np.allclose(
-        [r['strength'] for r in rows['one']],
-        [r['strength'] for r in rows['two']],
-        rtol=1e-3,
-    )
-    losses = [
-        json.loads(
-            (tmp_path / o / '.diffii' / 'concepts' / 'concepts.json').read_text()
-        )['log']
-        for o in ('one', 'two')
-    ]
-    assert (
-        np.allclose(*losses, rtol=1e-3) and len(losses[0]) == 4
-    )  # two halves of a batch are the batch
-    ims = [
-        np.stack(
-            [np.asarray(Image.open(tmp_path / o / r['file_name'])) for r in rows[o]]
-        ).astype(int)
-        for o in ('one', 'two')
-    ]
-    assert (
-        np.abs(ims[0] - ims[1]).mean() < 2
-    )  # sums in another order: the pictures differ by less than 2 of 255 on average
+        file = folder / few.classes[few.labels[i]] / f'{few.names[i]}.png'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        few.open(i).save(file)
 
+
+def read_run(folder):
+    "The lines of metadata, the images and the losses of a run."
+    text = (folder / 'metadata.jsonl').read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    images = [np.asarray(Image.open(folder / row['file_name'])) for row in rows]
+    record = json.loads((folder / '.diffii/concepts/concepts.json').read_text())
+    return SimpleNamespace(
+        rows=rows, images=np.stack(images).astype(int), losses=record['log']
+    )
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    "The same run in one process and in two."
+    folder = tmp_path_factory.mktemp('runs')
+    save_digits(folder / 'digits')
+
+    def augment(n, out, *more, ok=True):
+        args = 'augment', 'digits', '--out', out, *SMALL_RUN, *more
+        return launch(n, *args, cwd=folder, ok=ok)
+
+    augment(1, 'one')
+    said = augment(2, 'two').stdout
+    return SimpleNamespace(
+        one=read_run(folder / 'one'),
+        two=read_run(folder / 'two'),
+        said=said,
+        augment=augment,
+    )
+
+
+def test_only_the_first_process_speaks(runs):
+    assert runs.said.count('40 synthetic images') == 1
+
+
+def test_two_processes_share_the_batch(runs):
+    refused = runs.augment(2, 'odd', '--concept-batch', 3, ok=False)
+
+    assert '--concept-batch 3: give a multiple of the 2 processes' in refused.stderr
+
+
+def test_two_processes_make_the_plan_of_one(runs):
+    def without_angles(row):
+        return {k: v for k, v in row.items() if k not in ('alpha', 'strength')}
+
+    plans = [list(map(without_angles, run.rows)) for run in (runs.one, runs.two)]
+    strengths = [[row['strength'] for row in run.rows] for run in (runs.one, runs.two)]
+
+    assert plans[0] == plans[1]
+    assert np.allclose(*strengths, rtol=1e-3)  # angles differ in their last digits
+
+
+def test_two_halves_of_a_batch_are_the_batch(runs):
+    assert len(runs.one.losses) == 4
+    assert np.allclose(runs.one.losses, runs.two.losses, rtol=1e-3)
+
+
+def test_two_processes_make_the_images_of_one(runs):
+    "Sums run in another order: pixels differ by less than 2 of 255 on average."
+    assert np.abs(runs.one.images - runs.two.images).mean() < 2
+
+
+# ---- a classifier in two processes
 
 TRAIN = """
-import hashlib, json, sys, numpy as np, torch
-from diffii.core import processes
+import hashlib
+import json
+import sys
+
+from diffii.base.images import few_shot
+from diffii.base.processes import processes
 from diffii.base.settings import ClassifierSettings
-from diffii.method.classifier import train_classifier
+from diffii.data.digits import digits_set
 from diffii.evaluation.long_tail import long_tail_callbacks
-from diffii.data import few_shot
-from diffii.digits import digits_set
-seen = []; few,_ = few_shot(digits_set('pool'), 3, seed=0); valid = digits_set('validation'); spare = digits_set('pool')
-def told(r): return dict(accuracy=r.accuracy, weights=hashlib.sha256(b''.join(v.numpy().tobytes() for v in r.learner.model.state_dict().values())).hexdigest(), keys=sorted(r.learner.model.state_dict())[:2],
-    predictions=hashlib.sha256(r.probabilities.tobytes()).hexdigest(), n=len(r.probabilities), batch=r.learner.dls.train.bs, callbacks=sorted(str(c) for c in r.learner.cbs))
-a = train_classifier(few, valid, spare, ClassifierSettings(steps=60, lr=.05), progress=lambda i,n: seen.append((i,n)))
-b = train_classifier(few, valid, settings=ClassifierSettings(steps=20, batch_size=16), valid=spare.subset(range(50)), callbacks=long_tail_callbacks('CMO+DRW'))
-with open(f'{sys.argv[1]}-{processes().process_index}.json','w') as f: json.dump([told(a)|dict(steps=seen[-1]), told(b)], f)
+from diffii.method.classifier import train_classifier
+
+seen = []
+few, _ = few_shot(digits_set('pool'), 3, seed=0)
+test, spare = digits_set('validation'), digits_set('pool')
+
+
+def described(result):
+    state = result.learner.model.state_dict()
+    weights = b''.join(v.numpy().tobytes() for v in state.values())
+    return dict(
+        accuracy=result.accuracy,
+        weights=hashlib.sha256(weights).hexdigest(),
+        keys=sorted(state)[:2],
+        predictions=hashlib.sha256(result.probabilities.tobytes()).hexdigest(),
+        n=len(result.probabilities),
+        batch=result.learner.dls.train.bs,
+        callbacks=sorted(str(c) for c in result.learner.cbs),
+    )
+
+
+plain = train_classifier(
+    few,
+    test,
+    spare,
+    ClassifierSettings(steps=60, lr=0.05),
+    progress=lambda done, total: seen.append((done, total)),
+)
+long_tail = train_classifier(
+    few,
+    test,
+    settings=ClassifierSettings(steps=20, batch_size=16),
+    valid=spare.subset(range(50)),
+    callbacks=long_tail_callbacks('CMO+DRW'),
+)
+results = [described(plain) | dict(steps=seen[-1]), described(long_tail)]
+with open(f'{sys.argv[1]}-{processes().process_index}.json', 'w') as f:
+    json.dump(results, f)
 """
 
 
-def test_a_classifier_is_trained_together(tmp_path):
-    "Data-parallel training: the steps and the batch of one process, the same network in all of them."
-    (tmp_path / 'train.py').write_text(TRAIN)
-    launch(1, 'one', cwd=tmp_path, what=('train.py',))
-    launch(2, 'two', cwd=tmp_path, what=('train.py',))
-    one, first, second = (
-        json.loads((tmp_path / f).read_text())
-        for f in ('one-0.json', 'two-0.json', 'two-1.json')
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    "Two classifiers, plain and long-tailed, as each process describes them."
+    folder = tmp_path_factory.mktemp('train')
+    (folder / 'train.py').write_text(TRAIN)
+    launch(1, 'one', cwd=folder, what=('train.py',))
+    launch(2, 'two', cwd=folder, what=('train.py',))
+    names = dict(alone='one-0', first='two-0', second='two-1')
+    return SimpleNamespace(
+        **{k: json.loads((folder / f'{v}.json').read_text()) for k, v in names.items()}
     )
-    assert first == second  # weights, statistics and scores, to the bit
-    for a, b in zip(one, first):
-        assert (
-            b['batch'] == a['batch'] // 2
-            and [a[k] for k in ('keys', 'n', 'callbacks')]
-            == [b[k] for k in ('keys', 'n', 'callbacks')]
-            and a['weights'] != b['weights']
-        )
-    assert (
-        first[0]['steps'] == one[0]['steps'] == [60, 60]
-        and one[0]['accuracy'] > 0.4
-        and abs(first[0]['accuracy'] - one[0]['accuracy']) < 0.12
-    ), (one, first)
+
+
+def test_both_processes_have_one_network(trained):
+    "Weights, statistics and scores, to the bit."
+    assert trained.first == trained.second
+
+
+def test_two_processes_share_the_batch_of_a_classifier(trained):
+    for alone, together in zip(trained.alone, trained.first):
+        assert together['batch'] == alone['batch'] // 2
+        assert together['weights'] != alone['weights']
+        for key in ('keys', 'n', 'callbacks'):
+            assert together[key] == alone[key]
+
+
+def test_two_processes_take_the_steps_of_one_and_learn_as_much(trained):
+    alone, together = trained.alone[0], trained.first[0]
+
+    assert together['steps'] == alone['steps'] == [60, 60]
+    assert alone['accuracy'] > 0.4
+    assert abs(together['accuracy'] - alone['accuracy']) < 0.12
+
+
+# ---- an experiment in two processes
 
 
 def test_a_benchmark_in_two_processes(tmp_path):
-    args = (
-        'benchmark',
-        'few-shot',
-        '--shots',
-        2,
-        '--trials',
-        1,
-        '--quick',
-        '--methods',
-        'original,random-noise',
-        '--out',
-        tmp_path / 'b',
-    )
-    r = launch(2, *args, cwd=tmp_path)
-    assert (
-        r.stdout.count('see ') == 1
-        and {'table.csv', 'table.json', 'plot.png'}
-        <= {p.name for p in (tmp_path / 'b').iterdir()}
-        and len(list((tmp_path / 'b' / 'cells').glob('*.json'))) == 2
-    )
+    options = '--shots 2 --trials 1 --quick --methods original,random-noise'.split()
+
+    done = launch(2, 'benchmark', 'few-shot', *options, '--out', 'b', cwd=tmp_path)
+
+    files = {p.name for p in (tmp_path / 'b').iterdir()}
+    assert done.stdout.count('see ') == 1
+    assert {'table.csv', 'table.json', 'plot.png'} <= files
+    assert len(list((tmp_path / 'b' / 'cells').glob('*.json'))) == 2
