@@ -275,13 +275,3 @@ def weights(pipe):
         for name, network in networks.items()
         for k, v in network.state_dict().items()
     }
-
-
-def settings_of(concepts):
-    "The settings that concepts were learned with."
-    found = concepts.settings
-    return found if isinstance(found, ConceptSettings) else ConceptSettings(**found)
-
-
-def rank_of(concepts):
-    return settings_of(concepts).rank

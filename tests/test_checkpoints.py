@@ -58,9 +58,8 @@ def test_learning_leaves_the_model_as_it_was(learned):
 
 def test_every_vector_of_every_text_encoder_is_learned(learned):
     pipe, got = learned.pipe, learned.concepts
-    settings = models.settings_of(got)
     encoders = 2 if learned.kind == 'xl' else 1
-    starts = start_embeddings(pipe, 4, settings, 'tree', 0)
+    starts = start_embeddings(pipe, 4, got.settings, 'tree', 0)
 
     assert len(got.embeddings) == len(pipe.text_parts) == encoders
     assert np.isfinite(got.log).all()

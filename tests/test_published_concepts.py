@@ -73,7 +73,7 @@ def test_diff_mix_is_read_in_the_order_of_the_classes(pipe, learned, diff_mix, c
 
     assert got.classes == tuple(classes)
     assert got.n_tokens == 1
-    assert models.rank_of(got) == 2
+    assert got.settings.rank == 2
     assert got.base == learned.base
     assert torch.equal(got.embeddings[0], learned.embeddings[0])
     assert not got.embeddings[0].requires_grad
@@ -146,7 +146,7 @@ def test_what_was_written_is_read(exported):
     back = read_again(pipe, folder)
 
     assert back.n_tokens == concepts.n_tokens
-    assert models.rank_of(back) == models.rank_of(concepts)
+    assert back.settings.rank == concepts.settings.rank
     for ours, theirs in zip(back.embeddings, concepts.embeddings):
         assert torch.equal(ours, theirs)
     expected = models.predicted_with(concepts, pipe)
@@ -285,7 +285,7 @@ def test_a_lora_of_other_layers_does_what_it_does_in_diffusers(pipe, with_lora):
     got.save(with_lora / 'saved')
     saved = Concepts.load(with_lora / 'saved')
 
-    assert models.rank_of(got) == 3
+    assert got.settings.rank == 3
     assert (theirs - plain).abs().max() > 1e-3
     for concepts in (got, saved):
         with concepts.attached(pipe):
