@@ -59,8 +59,8 @@ from .evaluation.long_tail import (
     shot_groups,
 )
 from .evaluation.metrics import (
+    class_consistency,
     clip_score,
-    faithfulness,
     features,
     fid,
     lpips_diversity,

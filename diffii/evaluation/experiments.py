@@ -219,7 +219,7 @@ def oracle(e: Experiment, classes: tuple):
 
 def measure(e: Experiment, made, test) -> dict:
     "Diversity, class-consistency, CLIP score and distance to the test images."
-    from diffii.evaluation.metrics import faithfulness
+    from diffii.evaluation.metrics import class_consistency
     from diffii.method.classifier import evaluate
 
     found = dict(lpips=_lpips(made, e.device))
@@ -231,7 +231,7 @@ def measure(e: Experiment, made, test) -> dict:
         return found
     accuracy = 100 * evaluate(judge, test).accuracy
     about = dict(images=judge.n_train / len(made.classes), accuracy=accuracy)
-    share = 100 * faithfulness(judge, made)[0]
+    share = 100 * class_consistency(judge, made)[0]
     return found | dict(faithfulness=share, judge=about) | distances(judge, made, test)
 
 
