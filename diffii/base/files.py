@@ -6,12 +6,13 @@
 __all__ = ['OWN_FILES', 'UserError', 'require', 'shown_error', 'atomic', 'write_json', 'read_json', 'save_png', 'save_tensors',
            'load_tensors', 'optimizer_tensors', 'load_optimizer_tensors', 'folder_name']
 
-# %% ../../nbs/base/files.ipynb #0000000c
+# %% ../../nbs/base/files.ipynb #cf49013a
 import contextlib
 import hashlib
 import json
 import os
 import re
+import textwrap
 import unicodedata
 from pathlib import Path
 
@@ -28,14 +29,14 @@ def require(
     if not ok:
         raise UserError(message)
 
-# %% ../../nbs/base/files.ipynb #fdef0b44
+# %% ../../nbs/base/files.ipynb #e81d6a7d
 @contextlib.contextmanager
 def shown_error():
-    "For examples: print the message of the `UserError` that the block must raise."
+    "For examples: print the `UserError` that the block must raise, to fit a page."
     try:
         yield
     except UserError as e:
-        print(e)
+        print(textwrap.fill(str(e), 88, break_on_hyphens=False))
     else:
         raise AssertionError('no UserError was raised')
 

@@ -60,7 +60,7 @@ def read_image(path) -> Image.Image:  # RGB, 8 bits, upright
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(f'{path}: not a readable image ({why}); {remedy}') from e
 
-# %% ../../nbs/base/images.ipynb #219fc648
+# %% ../../nbs/base/images.ipynb #a11cffb0
 @dataclass(frozen=True)
 class ImageSet:
     "Labelled images of one metaclass."
@@ -101,7 +101,7 @@ class ImageSet:
         "Positions of the images of category `k`."
         return [i for i, label in enumerate(self.labels) if label == k]
 
-# %% ../../nbs/base/images.ipynb #003d840e
+# %% ../../nbs/base/images.ipynb #1af78116
 @patch
 def subset(self: ImageSet, positions) -> ImageSet:
     "The images at these positions, with all class names kept."

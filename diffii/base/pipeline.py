@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['Conditioning', 'Pipeline', 'load_pipeline', 'model_digest', 'same_model']
 
-# %% ../../nbs/base/pipeline.ipynb #9fc24078
+# %% ../../nbs/base/pipeline.ipynb #8c0331e1
 import hashlib
 import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
-from fastcore.basics import patch
-from PIL import Image, ImageOps
-
 from .checkpoints import read_checkpoint
 from .files import require
 from .memory import even_slices, run_slices, until_it_fits
 from .settings import ModelSettings, model_notes
+
+import numpy as np
+import torch
+from fastcore.basics import patch
+from PIL import Image, ImageOps
 
 # until all callers have moved
 from .checkpoints import TINY  # noqa: F401
@@ -333,7 +333,7 @@ def predict_guided(
         empty, eps = self.predict_eps(torch.cat([x, x]), t, both).chunk(2)
     return empty + scale * (eps - empty)
 
-# %% ../../nbs/base/pipeline.ipynb #83e879e1
+# %% ../../nbs/base/pipeline.ipynb #2b4a958e
 @patch
 @torch.inference_mode()
 def flagged(
@@ -378,7 +378,7 @@ def _two_weights(p):
     "The first weight of an array and the one in the middle, in half precision."
     return p.detach().flatten()[[0, p.numel() // 2]].to('cpu', torch.float16)
 
-# %% ../../nbs/base/pipeline.ipynb #bffbb073
+# %% ../../nbs/base/pipeline.ipynb #2cc47317
 def same_model(a: str, b: str) -> bool:
     "Whether two fingerprints are of one model, in whatever precision it was loaded."
     (shapes_a, _, weights_a), (shapes_b, _, weights_b) = (

@@ -108,7 +108,7 @@ def _accelerator(pipe, folder, cfg, tracker):  # until all callers have moved
 
     return training_accelerator(pipe.device, pipe.dtype, asdict(cfg), folder, tracker)
 
-# %% ../../nbs/base/processes.ipynb #f6d774aa
+# %% ../../nbs/base/processes.ipynb #526cc97d
 class Progress:
     "A bar for each step and the seconds it took. `heading` stands before the name."
 
