@@ -40,14 +40,8 @@ from .run.contexts import choose_suffixes, get_captioner, get_summariser
 from .run.concept_files import export_concepts, import_concepts, open_concepts
 from .run.pools import build_pool, load_pool, save_pool
 from .run.summarisers import parse_suffixes
-from .run.runs import (
-    SyntheticSet,
-    load_concepts,
-    load_synthetic,
-    remake,
-    status,
-    synthesize,
-)
+from .run.review import load_concepts, remake, status
+from .run.runs import SyntheticSet, load_synthetic, synthesize
 from .evaluation.experiments import benchmark
 from .evaluation.long_tail import (
     CMO,

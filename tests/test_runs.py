@@ -19,10 +19,11 @@ from diffii.base.pipeline import load_pipeline
 from diffii.base.settings import ConceptSettings, Settings
 from diffii.data.aviary import VALIDATION, aviary_set
 from diffii.method.concepts import learn_concepts
-from diffii.run import runs
-from diffii.run.folders import STATE, claim, holds_run, tentative
+from diffii.run import review, runs
+from diffii.run.folders import STATE, RunFolder, claim, holds_run, tentative
 from diffii.run.pools import load_pool
-from diffii.run.runs import load_concepts, remake, status, synthesize
+from diffii.run.review import load_concepts, per_minute, remake, status
+from diffii.run.runs import load_synthetic, synthesize
 
 SUFFIXES = ['flying over water.', 'on a branch.', 'in the snow.']
 GIVEN = dict(
@@ -178,7 +179,7 @@ def test_remake_equals_the_file(make, pipe, tmp_path, method):
 def test_remake_refuses_unknown_names_and_other_models(straight, pipe, monkeypatch):
     with pytest.raises(UserError, match='x/00000.png: no such image'):
         remake(pipe, straight.folder, 'x/00000.png')
-    monkeypatch.setattr(runs, 'same_model', lambda a, b: False)
+    monkeypatch.setattr(review, 'same_model', lambda a, b: False)
     with pytest.raises(UserError, match='--model tiny: the images were made with'):
         remake(pipe, straight.folder, straight.names[0])
 
@@ -258,7 +259,7 @@ def test_only_what_is_missing_is_made_again(make, tmp_path):
     before = got.images[9].read_bytes()
     got.images[9].unlink()
     with pytest.raises(UserError, match='missing; run the command that made it again'):
-        runs.load_synthetic(got.folder)
+        load_synthetic(got.folder)
     assert make(tmp_path / 'out').images[9].read_bytes() == before
 
 
@@ -453,8 +454,8 @@ def test_images_per_minute_are_counted_from_the_end_of_the_first_batch(tmp_path)
     for i in range(4):
         (tmp_path / f'{i}.png').touch()
         os.utime(tmp_path / f'{i}.png', (0, 100 + 30 * (i // 2)))
-    assert runs._per_minute(plan, tmp_path) == 4.0
-    assert runs._per_minute(plan[:2], tmp_path) is None
+    assert per_minute(plan, RunFolder(tmp_path)) == 4.0
+    assert per_minute(plan[:2], RunFolder(tmp_path)) is None
 
 
 def test_status_of_a_finished_run(straight):

@@ -307,7 +307,7 @@ FolderArgument = typer.Argument(help='A folder that diffii augment writes, or wr
 @app.command()
 def status(folder: Annotated[Path, FolderArgument]):
     "What is done, what is missing, and how fast it goes."
-    from diffii.run.runs import status as look
+    from diffii.run.review import status as look
 
     for name, value in look(folder).items():
         if isinstance(value, dict):
@@ -331,7 +331,7 @@ def remake(
     from diffii.base.files import require, save_png
     from diffii.base.pipeline import load_pipeline
     from diffii.run.folders import STATE, read_record
-    from diffii.run.runs import remake as again
+    from diffii.run.review import remake as again
 
     record = f'{STATE}/run.json'
     ours = (folder / record).is_file()
