@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['MIXED_PRECISION', 'Steps', 'processes', 'first_makes', 'check_tracker', 'training_accelerator', 'Progress']
 
-# %% ../../nbs/base/processes.ipynb #e86af314
+# %% ../../nbs/base/processes.ipynb #13e4f5df
 import json
 import os
 import time
 from pathlib import Path
+
+from fastcore.basics import patch
 
 from .files import UserError, require
 
@@ -108,7 +110,7 @@ def _accelerator(pipe, folder, cfg, tracker):  # until all callers have moved
 
     return training_accelerator(pipe.device, pipe.dtype, asdict(cfg), folder, tracker)
 
-# %% ../../nbs/base/processes.ipynb #526cc97d
+# %% ../../nbs/base/processes.ipynb #14e43dcb
 class Progress:
     "A bar for each step and the seconds it took. `heading` stands before the name."
 
@@ -144,19 +146,6 @@ class Progress:
         text = f'{self.heading + step:<26}'
         self.bar = tqdm(total=total, desc=text, disable=self.quiet, dynamic_ncols=True)
 
-    def _log(self, done, total):
-        "Write a line where a second has passed or the step has ended."
-        now = time.time()
-        if not self.log or (now - self.logged < 1 and done < total):
-            return
-        self.logged = now
-        rate = (done - self.first) / max(now - self.began, 1e-6)
-        line = dict(time=round(now, 2), step=self.name, done=done, total=total)
-        line['per_second'] = round(rate, 3)
-        line['seconds_left'] = round((total - done) / rate, 1) if rate else None
-        with open(self.log, 'a', encoding='utf-8') as f:
-            f.write(json.dumps(line) + '\n')
-
     def close(self):
         "End the step that runs."
         if self.bar is not None:
@@ -165,6 +154,21 @@ class Progress:
             took = time.time() - self.began
             self.seconds[self.name] = self.seconds.get(self.name, 0) + took
         self.bar = self.name = None
+
+# %% ../../nbs/base/processes.ipynb #44100371
+@patch
+def _log(self: Progress, done: int, total: int):
+    "Write a line where a second has passed or the step has ended."
+    now = time.time()
+    if not self.log or (now - self.logged < 1 and done < total):
+        return
+    self.logged = now
+    rate = (done - self.first) / max(now - self.began, 1e-6)
+    line = dict(time=round(now, 2), step=self.name, done=done, total=total)
+    line['per_second'] = round(rate, 3)
+    line['seconds_left'] = round((total - done) / rate, 1) if rate else None
+    with open(self.log, 'a', encoding='utf-8') as f:
+        f.write(json.dumps(line) + '\n')
 
 
 Steps = Progress  # until all callers have moved
