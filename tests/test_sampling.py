@@ -1,11 +1,14 @@
 "Sampling: grids of timesteps, solver steps, interpolation, and two-stage denoising."
 
+import math
+
 import pytest
 
 from diffii.base.files import UserError
 from diffii.base.pipeline import load_pipeline
 from diffii.base.seeds import generator
 from diffii.method.diffusion import ddim_grid, ddim_step, dpm_step, first_step, noised
+from diffii.method.interpolation import angle, draw_pairs, draw_strength, slerp
 
 import torch
 from diffusers import (
@@ -191,3 +194,118 @@ def test_noising_keeps_the_variance():
     for abar in (0.0, 0.2, 0.7, 1.0):
         assert abs(noised(x, eps, abar).std() - 1) < 0.02
     assert torch.equal(noised(x, eps, 1.0), x)
+
+
+# interpolation
+
+
+@pytest.mark.parametrize('strength', (0.0, 0.7, 3.0))
+def test_a_pair_that_holds_one_latent_twice_stays_where_it_is(strength):
+    a = normal('a')
+
+    assert torch.equal(slerp(a, a, strength), a)
+
+
+def test_nearly_equal_latents_give_finite_values():
+    a = normal('a')
+
+    assert slerp(a, a + 1e-5 * normal('b'), 3.0).isfinite().all()
+
+
+def test_half_precision_is_computed_in_double_and_given_back():
+    a, b = normal('a'), normal('b')
+
+    got = slerp(a.half(), b.half(), 0.5)
+
+    assert got.dtype == torch.float16
+    torch.testing.assert_close(got.float(), slerp(a, b, 0.5), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(mode='straight'), '--interpolation straight'),
+        (dict(opposite=True), 'opposite'),
+    ],
+)
+def test_an_interpolation_that_cannot_be_is_refused(options, message):
+    a = normal('a')
+    b = -a if options.pop('opposite', False) else normal('b')
+
+    with pytest.raises(UserError, match=message):
+        slerp(a, b, 0.5, **options)
+
+
+@pytest.mark.parametrize('alpha', (0.01, 0.3, 1.0, 1.57, 2.5, 3.1))
+@pytest.mark.parametrize('strength', (0, 0.3, 1.7, 5.0))
+@pytest.mark.parametrize(
+    'ratio, equal_norms, norm', [(1.0, False, 1.0), (1.3, True, 1.15)]
+)
+def test_equal_norms_stay_on_the_whole_circle(
+    alpha, strength, ratio, equal_norms, norm
+):
+    a = torch.tensor([[1.0, 0.0]])
+    b = ratio * torch.tensor([[math.cos(alpha), math.sin(alpha)]])
+
+    got = slerp(a, b, strength, equal_norms=equal_norms)
+
+    assert abs(got.norm().item() - norm) < 1e-4
+
+
+def test_ends_of_arc_and_circle_are_the_latents():
+    a, b = normal('a'), normal('b')
+    turn = 2 * math.pi / angle(a, b)
+
+    for got, want in [
+        (slerp(a, b, 0.0, 'inward'), a),
+        (slerp(a, b, 1.0, 'inward'), b),
+        (slerp(a, b, 0.0), a),
+        (slerp(a, b, turn), a),
+        (slerp(a, b, turn - 1), b),
+    ]:
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_pairs_come_once_before_one_comes_again():
+    pairs = draw_pairs(4, 30, generator(0))
+
+    assert len(pairs) == 30
+    assert all(a != b and 0 <= a < 4 and 0 <= b < 4 for a, b in pairs)
+    assert len(set(pairs[:12])) == len(set(pairs[12:24])) == 12
+
+
+def test_pairs_depend_on_the_generator_alone():
+    assert draw_pairs(4, 30, generator(0)) == draw_pairs(4, 30, generator(0))
+    assert draw_pairs(4, 30, generator(0)) != draw_pairs(4, 30, generator(1))
+
+
+def test_pairs_are_of_two_images():
+    got = set(draw_pairs(4, 30, generator(0), ['x', 'x', 'y', 'y']))
+
+    assert got == {(a, b) for a in range(4) for b in range(4) if (a < 2) != (b < 2)}
+
+
+def test_inversions_of_a_single_image_make_pairs_with_each_other():
+    assert len(set(draw_pairs(3, 9, generator(0), ['x'] * 3))) == 6
+
+
+def test_a_large_category_has_different_pairs_of_two_images():
+    images = [i // 4 for i in range(3000)]
+
+    pairs = draw_pairs(3000, 500, generator(0), images)
+
+    assert len(set(pairs)) == 500
+    assert all(images[a] != images[b] for a, b in pairs)
+
+
+def test_one_inversion_has_no_pair():
+    with pytest.raises(UserError, match='two inversions'):
+        draw_pairs(1, 3, generator(0))
+
+
+@pytest.mark.parametrize('mode, most', [('circle', 2 * math.pi / 1.5), ('inward', 1.0)])
+def test_strengths_are_even_over_their_range(mode, most):
+    got = torch.tensor([draw_strength(1.5, generator(i), mode) for i in range(2000)])
+
+    assert 0 <= got.min() and most * 0.99 < got.max() <= most
+    assert abs(got.mean() - most / 2) < 0.03 * most
