@@ -60,7 +60,7 @@ def read_image(path) -> Image.Image:  # RGB, 8 bits, upright
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(f'{path}: not a readable image ({why}); {remedy}') from e
 
-# %% ../../nbs/base/images.ipynb #a11cffb0
+# %% ../../nbs/base/images.ipynb #f02ddd77
 @dataclass(frozen=True)
 class ImageSet:
     "Labelled images of one metaclass."
@@ -101,7 +101,7 @@ class ImageSet:
         "Positions of the images of category `k`."
         return [i for i, label in enumerate(self.labels) if label == k]
 
-# %% ../../nbs/base/images.ipynb #1af78116
+# %% ../../nbs/base/images.ipynb #67cc72a9
 @patch
 def subset(self: ImageSet, positions) -> ImageSet:
     "The images at these positions, with all class names kept."
@@ -227,7 +227,7 @@ def _refuse_or_warn(bad, skip_bad):
     for error in bad.values():
         warnings.warn(f'{error}: left out')
 
-# %% ../../nbs/base/images.ipynb #cc80274d
+# %% ../../nbs/base/images.ipynb #91191697
 def split(
     s: ImageSet,  # the set to divide
     counts: list,  # how many images of each category go into the first part
@@ -241,9 +241,6 @@ def split(
         taken |= {own[j] for j in rng.permutation(len(own))[:count]}
     rest = [i for i in range(len(s)) if i not in taken]
     return s.subset(sorted(taken)), s.subset(rest)
-
-
-_split = split  # until all callers have moved
 
 # %% ../../nbs/base/images.ipynb #b82f9d90
 def few_shot(

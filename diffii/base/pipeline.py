@@ -56,7 +56,7 @@ class Conditioning:
             return Conditioning(embeds)
         return Conditioning(embeds, torch.cat([p.pooled for p in parts]))
 
-# %% ../../nbs/base/pipeline.ipynb #489aba62
+# %% ../../nbs/base/pipeline.ipynb #e28ddddf
 @dataclass
 class Pipeline:
     "A loaded diffusers pipeline and what Diff-II needs to know of it."
@@ -96,14 +96,6 @@ class Pipeline:
     def dtype_name(self) -> str:
         "The precision as `load_pipeline` takes it."
         return str(self.dtype).removeprefix('torch.')
-
-    @property
-    def at_once(self):  # until all callers have moved
-        return self.micro_batch
-
-    @at_once.setter
-    def at_once(self, n):
-        self.micro_batch = n
 
 # %% ../../nbs/base/pipeline.ipynb #a8a2d686
 @patch(as_prop=True)
@@ -333,7 +325,7 @@ def predict_guided(
         empty, eps = self.predict_eps(torch.cat([x, x]), t, both).chunk(2)
     return empty + scale * (eps - empty)
 
-# %% ../../nbs/base/pipeline.ipynb #2b4a958e
+# %% ../../nbs/base/pipeline.ipynb #5453390d
 @patch
 @torch.inference_mode()
 def flagged(
@@ -378,7 +370,7 @@ def _two_weights(p):
     "The first weight of an array and the one in the middle, in half precision."
     return p.detach().flatten()[[0, p.numel() // 2]].to('cpu', torch.float16)
 
-# %% ../../nbs/base/pipeline.ipynb #2cc47317
+# %% ../../nbs/base/pipeline.ipynb #740c0d98
 def same_model(a: str, b: str) -> bool:
     "Whether two fingerprints are of one model, in whatever precision it was loaded."
     (shapes_a, _, weights_a), (shapes_b, _, weights_b) = (

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..base.batches import Prepare
 from ..base.files import require
-from ..base.images import ImageSet, _split
+from ..base.images import ImageSet, split
 from ..base.seeds import seed_of
 from ..method.classifier import Scores, TrainingStream
 
@@ -57,7 +57,7 @@ def long_tail(
         f'long tail: no images of {", ".join(empty[:3])}; add some or leave the '
         'category out',
     )
-    return _split(images, long_tail_counts(images.counts, imbalance, keep), seed)
+    return split(images, long_tail_counts(images.counts, imbalance, keep), seed)
 
 # %% ../../nbs/evaluation/long_tail.ipynb #57ab6454
 def shot_groups(
