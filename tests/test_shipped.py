@@ -1,7 +1,8 @@
 "What the package ships: the model, the halves of the digits, the demo and its report."
 
-import json, sys
-import numpy as np, pytest
+import json
+import sys
+import numpy as np
 
 
 def test_the_halves_of_the_digits_are_disjoint_and_written():

@@ -30,7 +30,7 @@ def grid(
         out.paste(large, (column * (w + gap), row * (h + gap)))
     return out
 
-# %% ../../nbs/base/pictures.ipynb #2fe1aca9
+# %% ../../nbs/base/pictures.ipynb #c546da07
 def show_images(
     images: list,  # Pillow images, or arrays (h, w) or (h, w, 3)
     columns: int | None = None,  # images in a row; by default all in one row, at most 8

@@ -339,7 +339,7 @@ def _frechet_metric(
         remedy = "name another network, as fid(..., net='resnet50'), or give features"
         raise UserError(f'FID: Inception cannot be loaded ({why}); {remedy}') from e
 
-
+# %% ../../nbs/evaluation/metrics.ipynb #741644c4
 def fid(
     real,  # (n, d) features, or an image set
     synthetic,  # (m, d) features, or an image set

@@ -56,7 +56,7 @@ def pick_device(
 # %% ../../nbs/run/captioners.ipynb #c03eb09d
 DTYPES = ('float32', 'float16', 'bfloat16')
 
-
+# %% ../../nbs/run/captioners.ipynb #594ab81c
 @dataclass
 class ModelCaptioner:
     "Captions by an image-to-text model of transformers, as BLIP."

@@ -146,7 +146,7 @@ def write_rows(file, rows: list):
 STATE = '.diffii'  # folder of the run's state inside the output folder
 RECORD = f'{STATE}/run.json'
 
-
+# %% ../../nbs/run/folders.ipynb #5c28cb8d
 class RunFolder:
     "The output folder of a run: where things are, and what they say."
 
@@ -192,6 +192,6 @@ class RunFolder:
         names = [row['file_name'] for row in read_rows(self.plan)]
         return [last[name] for name in names if name not in gone]
 
-
+# %% ../../nbs/run/folders.ipynb #298c41f5
 def _attempt(row):
     return row['attempt']
