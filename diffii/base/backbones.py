@@ -200,7 +200,7 @@ def build_model(
             "arch='efficientnet_lite0-imagenet'"
         ) from e
 
-# %% ../../nbs/base/backbones.ipynb #30de481d
+# %% ../../nbs/base/backbones.ipynb #577085dd
 PRESETS = {
     'resnet50': dict(
         arch='torchvision/resnet50', size=224, resize=256, epochs=128, batch_size=256
@@ -217,6 +217,7 @@ PRESETS = {
     ),
 }
 
+# %% ../../nbs/base/backbones.ipynb #f105201d
 PRESETS['resnet50']['lr'] = {
     'CUB': 0.05,
     'Stanford-Cars': 0.1,
@@ -235,7 +236,7 @@ PRESETS['vit_b_16']['lr'] = {
 
 PRESETS['resnet50-lt']['lr'] = {'CUB-LT': 0.005, 'Flower-LT': 0.005}
 
-
+# %% ../../nbs/base/backbones.ipynb #b9657401
 def preset(
     name: str,  # one of `PRESETS`
     dataset: str,  # one of its data sets
