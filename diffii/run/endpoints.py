@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from ..base.files import UserError, require
 from ..base.prompts import clean_text
 from .summarisers import LLMSummariser
+from fastcore.basics import patch
 
 # %% ../../nbs/run/endpoints.ipynb #1e4e003d
 def _key():
@@ -138,16 +139,18 @@ class EndpointSummariser(LLMSummariser):
     def _where(self):
         return f'{urlsplit(endpoint_address()).netloc}, model {self.model}'
 
-    def ask(self, prompt):
-        "The answer of the first choice."
-        reply = self._reply(prompt)
-        try:
-            choice = json.loads(reply)['choices'][0]
-            content = choice['message']['content']
-            if isinstance(content, list):
-                content = ''.join(part.get('text', '') for part in content)
-            return content + '', choice.get('finish_reason') == 'length'
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            said = repr(clean_text(_hide_key(reply))[:200])
-            text = f'{self._where()}: the reply is not a chat completion ({said})'
-            raise UserError(f'{text}; check OPENAI_BASE_URL') from None
+# %% ../../nbs/run/endpoints.ipynb #6f877b05
+@patch
+def ask(self: EndpointSummariser, prompt):
+    "The answer of the first choice."
+    reply = self._reply(prompt)
+    try:
+        choice = json.loads(reply)['choices'][0]
+        content = choice['message']['content']
+        if isinstance(content, list):
+            content = ''.join(part.get('text', '') for part in content)
+        return content + '', choice.get('finish_reason') == 'length'
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        said = repr(clean_text(_hide_key(reply))[:200])
+        text = f'{self._where()}: the reply is not a chat completion ({said})'
+        raise UserError(f'{text}; check OPENAI_BASE_URL') from None

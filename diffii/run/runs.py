@@ -48,6 +48,7 @@ from diffii.run.folders import (
     write_rows,
 )
 from .pools import build_pool, save_pool
+from fastcore.basics import patch
 
 # %% ../../nbs/run/runs.ipynb #abcc6b1b
 @dataclass(frozen=True)
@@ -136,17 +137,19 @@ class Run:
             **({} if concepts is None else dict(given=concepts.digest())),
         )
 
-    def in_force(self) -> Settings:
-        "All settings, with those of the images and the model as they were loaded."
-        pipe, settings = self.pipe, self.settings
-        loaded = dict(model=pipe.model, dtype=pipe.dtype_name, size=pipe.size)
-        loaded['batch_size'] = pipe.batch_size
-        return replace(
-            settings,
-            images=replace(settings.images, metaclass=self.images.metaclass),
-            model=replace(settings.model, **loaded),
-            run=replace(settings.run, out=str(self.folder.path)),
-        )
+# %% ../../nbs/run/runs.ipynb #89592b59
+@patch
+def in_force(self: Run) -> Settings:
+    "All settings, with those of the images and the model as they were loaded."
+    pipe, settings = self.pipe, self.settings
+    loaded = dict(model=pipe.model, dtype=pipe.dtype_name, size=pipe.size)
+    loaded['batch_size'] = pipe.batch_size
+    return replace(
+        settings,
+        images=replace(settings.images, metaclass=self.images.metaclass),
+        model=replace(settings.model, **loaded),
+        run=replace(settings.run, out=str(self.folder.path)),
+    )
 
 # %% ../../nbs/run/runs.ipynb #f71c606e
 def check_run(run: Run, concepts: Concepts | None, pool: InversionPool | None):

@@ -19,6 +19,7 @@ from ..base.prompts import clean_text, prefix
 from ..base.seeds import seed_of
 from ..method.suffixes import SETTING, suffix_key, tidy_suffix
 from .captioners import load_pretrained, pick_device
+from fastcore.basics import patch
 
 # %% ../../nbs/run/summarisers.ipynb #c1af9785
 REQUEST = """\
@@ -224,21 +225,23 @@ class ChatSummariser(LLMSummariser):
         remedy = f'use fewer captions (max_captions, now {self.max_captions})'
         require(needed <= most, f'{text} answer need {needed}; {remedy}')
 
-    def ask(self, prompt):
-        "The model's most likely answer."
-        import torch
+# %% ../../nbs/run/summarisers.ipynb #2318a408
+@patch
+def ask(self: ChatSummariser, prompt):
+    "The model's most likely answer."
+    import torch
 
-        tokenizer, model = self._load()
-        inputs = tokenizer.apply_chat_template(
-            [dict(role='user', content=prompt)],
-            add_generation_prompt=True,
-            return_tensors='pt',
-            return_dict=True,
-        ).to(model.device)
-        n = inputs['input_ids'].shape[1]
-        self._check_length(n, model)
-        limits = dict(max_new_tokens=self.max_new_tokens, do_sample=False)
-        with torch.inference_mode():
-            ids = model.generate(**inputs, **limits)[0, n:]
-        cut_off = len(ids) >= self.max_new_tokens
-        return tokenizer.decode(ids, skip_special_tokens=True), cut_off
+    tokenizer, model = self._load()
+    inputs = tokenizer.apply_chat_template(
+        [dict(role='user', content=prompt)],
+        add_generation_prompt=True,
+        return_tensors='pt',
+        return_dict=True,
+    ).to(model.device)
+    n = inputs['input_ids'].shape[1]
+    self._check_length(n, model)
+    limits = dict(max_new_tokens=self.max_new_tokens, do_sample=False)
+    with torch.inference_mode():
+        ids = model.generate(**inputs, **limits)[0, n:]
+    cut_off = len(ids) >= self.max_new_tokens
+    return tokenizer.decode(ids, skip_special_tokens=True), cut_off
