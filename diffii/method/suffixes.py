@@ -54,7 +54,7 @@ def context_model(
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.02, max_iter=300))
     return model.fit(colour_layout([im for im, *_ in drawn]), [c for *_, c in drawn])
 
-# %% ../../nbs/method/suffixes.ipynb #4f0e6784
+# %% ../../nbs/method/suffixes.ipynb #8409f88b
 class MeasuringCaptioner:
     "Captions in the shipped model's words, measured from the image: digits and drawn birds only."
 
