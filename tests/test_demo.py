@@ -1,0 +1,149 @@
+"The demo: its folder, its trials, its verdict and its report."
+
+import json
+import re
+import sys
+
+import pytest
+from PIL import Image
+
+from diffii.base.files import UserError
+from diffii.start.demo import demo, over_trials, write_report
+
+RESULTS = dict(
+    data='digits',
+    shots=1,
+    real=1,
+    classes=['<script>alert(1)</script>'],
+    metaclass='<b>bird',
+    synthetic=1,
+    model='tiny',
+    seed=0,
+    test=1,
+    trials=1,
+    verdict='undecided',
+    lpips={},
+    lpips_note='<i>none',
+    accuracy={'<u>original': dict(mean=50.0, sd=0.0, trials=[50.0])},
+    seconds={'concepts': 1.0},
+    settings={'a<': 1},
+)
+
+
+def trials_of(before, after):
+    "What `compare` returns, for some trials."
+    pairs = zip(before, after)
+    return [{'original': a, 'original + synthetic': b} for a, b in pairs]
+
+
+# ---- the verdict
+
+
+@pytest.mark.parametrize(
+    'after, ending',
+    [
+        ([82.0, 83.2, 84.1], 'higher in 3 of 3 trials): better.'),
+        ([79.0, 82.0, 82.0], 'higher in 1 of 3 trials): undecided.'),
+        ([79.0, 82.0, 83.0], 'higher in 2 of 3 trials): undecided.'),
+        ([70.0, 71.0, 72.1], 'higher in 0 of 3 trials): worse.'),
+    ],
+)
+def test_the_verdict_follows_from_the_interval_of_the_difference(after, ending):
+    found = over_trials(trials_of([80.0, 81.0, 82.0], after))
+    assert found['verdict'].endswith(ending)
+
+
+def test_one_trial_has_no_spread_and_no_verdict():
+    found = over_trials(trials_of([80.0], [84.0]))
+    assert found['verdict'].endswith('20% of the error in one trial.')
+    assert found['accuracy']['original']['sd'] is None
+
+
+def test_accuracies_are_kept_for_each_trial():
+    found = over_trials(trials_of([80.0, 82.0], [84.0, 83.0]))['accuracy']
+    assert found['original']['mean'] == 81.0
+    assert found['original + synthetic']['trials'] == [84.0, 83.0]
+
+
+# ---- the report
+
+
+def test_names_in_the_report_are_escaped(tmp_path):
+    picture = ('<h1>title', Image.new('RGB', (4, 4)), '<c>')
+    write_report(tmp_path / 'report.html', RESULTS, [picture])
+    html = (tmp_path / 'report.html').read_text()
+    for text in ('<b>bird', '<u>original', '<i>none', 'a<<', '<c>', '<h1>title'):
+        assert text not in html
+    assert '&lt;b&gt;bird' in html
+
+
+# ---- the demo
+
+
+@pytest.mark.parametrize(
+    'wrong, named',
+    [
+        (dict(data='cifar'), '--data cifar'),
+        (dict(shots=500), '--shots 500'),
+        (dict(trials=0), '--trials 0'),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_written(tmp_path, wrong, named):
+    with pytest.raises(UserError, match=named):
+        demo(tmp_path / 'out', quick=True, **wrong)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_folder_of_other_files_is_left_alone(tmp_path):
+    (tmp_path / 'x.txt').touch()
+    with pytest.raises(UserError, match='x.txt'):
+        demo(tmp_path, quick=True)
+
+
+@pytest.fixture(scope='module')
+def finished(run, tmp_path_factory):
+    "The command in its short form, with two trials: its folder and what it printed."
+    out = tmp_path_factory.mktemp('demo') / 'out'
+    short = ('demo', '--quick', '--shots', 2, '--trials', 2, '--out', out)
+    return out, run(sys.executable, '-m', 'diffii', *short, timeout=900)
+
+
+@pytest.fixture
+def results(finished):
+    return json.loads((finished[0] / 'results.json').read_text())
+
+
+def test_the_folder_holds_results_report_and_images(finished, results):
+    out, _ = finished
+    names = ['.demo.json', 'report.html', 'results.json', 'synthetic-0', 'synthetic-1']
+    assert sorted(p.name for p in out.iterdir()) == names
+    assert (results['real'], results['synthetic']) == (20, 40)
+    assert len(list((out / 'synthetic-1').glob('*/*.png'))) == 40
+
+
+def test_every_trial_samples_its_own_real_images(finished, results):
+    def sources(trial):
+        lines = (finished[0] / f'synthetic-{trial}' / 'metadata.jsonl').read_text()
+        rows = [json.loads(line) for line in lines.splitlines()]
+        return {name.split('@')[0] for row in rows for name in row['sources']}
+
+    assert sources(0) != sources(1)
+    trials = {name: len(a['trials']) for name, a in results['accuracy'].items()}
+    assert trials == {'original': 2, 'original + synthetic': 2}
+
+
+def test_the_command_prints_what_came_out(finished, results):
+    _, done = finished
+    assert f'{results["accuracy"]["original"]["mean"]:.1f} %' in done.stdout
+    assert results['verdict'] in done.stdout
+    assert 'concepts' in done.stderr
+
+
+def test_the_report_opens_in_a_browser_and_fetches_nothing(finished, open_page):
+    page = finished[0] / 'report.html'
+    messages, pictures, broken = open_page(page)
+    assert not messages
+    assert (pictures, broken) == (3, 0)
+    named = re.findall(r'(?:src|href)\s*=\s*"([^"]*)"', page.read_text())
+    assert all(link.startswith('data:') for link in named)
+    assert 'url(' not in re.sub(r'base64,[^"]*', '', page.read_text())
