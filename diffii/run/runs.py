@@ -50,7 +50,7 @@ from diffii.run.folders import (
 from .pools import build_pool, save_pool
 from fastcore.basics import patch
 
-# %% ../../nbs/run/runs.ipynb #abcc6b1b
+# %% ../../nbs/run/runs.ipynb #86685413
 @dataclass(frozen=True)
 class SyntheticSet(ImageSet):
     "A folder of synthetic images as an image set, with a metadata row for each."
@@ -151,7 +151,7 @@ def in_force(self: Run) -> Settings:
         run=replace(settings.run, out=str(self.folder.path)),
     )
 
-# %% ../../nbs/run/runs.ipynb #f71c606e
+# %% ../../nbs/run/runs.ipynb #98d72fce
 def check_run(run: Run, concepts: Concepts | None, pool: InversionPool | None):
     "Raise `UserError` for whatever would stop the run later."
     images, settings = run.images, run.settings
@@ -412,7 +412,7 @@ def _card(run, rows):
         out=run.folder.path.name,
     )
 
-# %% ../../nbs/run/runs.ipynb #b6d1bea0
+# %% ../../nbs/run/runs.ipynb #77e3728e
 @contextmanager
 def _taken(run, record):
     "Take the folder for the time of the block, or raise `UserError`."
