@@ -1,38 +1,78 @@
-"What the package ships: the model, and the halves of the digits."
+"What the package ships: the halves of the digits and the model."
 
 import numpy as np
+import pytest
+
+# the digits
 
 
-def test_the_halves_of_the_digits_are_disjoint_and_written():
-    from diffii.data.digits import load_halves, digits_set, SPLIT_SEED
+def test_the_halves_of_the_digits_are_disjoint_and_complete():
+    from diffii.data.digits import load_halves
 
-    h = load_halves()
-    base, held = set(h['base']['index']), set(h['held_out']['index'])
-    assert not base & held and len(base | held) == 1797
-    assert {tuple(s.ravel()) for s in h['base']['images']}.isdisjoint(
-        tuple(s.ravel()) for s in h['held_out']['images']
-    )  # nor the same scan twice
-    assert SPLIT_SEED == 20260101 and sorted(base)[:5] == [
-        int(i)
-        for i in sorted(np.random.default_rng(SPLIT_SEED).permutation(1797)[:898])[:5]
-    ]
-    parts = [set(digits_set(p).names) for p in ('pool', 'validation', 'test')]
-    assert sum(map(len, parts)) == len(held) == len(set.union(*parts))
+    halves = load_halves()
+    base, held_out = (set(halves[h]['index']) for h in ('base', 'held_out'))
+    assert not base & held_out
+    assert len(base | held_out) == 1797
 
 
-def test_the_shipped_model_is_a_stable_diffusion_pipeline(root):
+def test_no_scan_is_in_both_halves_under_two_numbers():
+    from diffii.data.digits import load_halves
+
+    halves = load_halves()
+    base, held_out = (
+        {tuple(scan.ravel()) for scan in halves[h]['images']}
+        for h in ('base', 'held_out')
+    )
+    assert base.isdisjoint(held_out)
+
+
+def test_the_cut_between_the_halves_is_the_one_the_model_was_trained_with():
+    from diffii.data.digits import SPLIT_SEED, load_halves
+
+    assert SPLIT_SEED == 20260101
+    order = np.random.default_rng(20260101).permutation(1797)
+    assert sorted(load_halves()['base']['index']) == sorted(order[:898])
+
+
+def test_pool_validation_and_test_are_all_of_the_held_out_half():
+    from diffii.data.digits import digits_set, load_halves
+
+    parts = [set(digits_set(part).names) for part in ('pool', 'validation', 'test')]
+    held_out = load_halves()['held_out']['index']
+    assert sum(map(len, parts)) == len(set.union(*parts)) == len(held_out)
+
+
+# the model
+
+
+@pytest.fixture(scope='module')
+def checkpoint(root):
+    return root / 'diffii' / 'tiny'
+
+
+@pytest.fixture(scope='module')
+def stable_diffusion(checkpoint):
+    "The shipped model as diffusers loads it."
     from diffusers import StableDiffusionPipeline
 
-    p = StableDiffusionPipeline.from_pretrained(root / 'diffii' / 'tiny')
-    im = p(
-        'a photo of a bird flying over water.', num_inference_steps=3, output_type='np'
-    ).images
-    assert im.shape == (1, 32, 32, 3) and np.isfinite(im).all() and im.std() > 0.01
-    weights = list((root / 'diffii' / 'tiny').rglob('*.safetensors'))
-    assert sum(w.stat().st_size for w in weights) <= 16 * 2**20 and not list(
-        (root / 'diffii' / 'tiny').rglob('*.bin')
-    )
-    assert p.scheduler.config.beta_schedule == 'scaled_linear' and (
-        p.scheduler.config.beta_start,
-        p.scheduler.config.beta_end,
-    ) == (0.00085, 0.012)
+    return StableDiffusionPipeline.from_pretrained(checkpoint)
+
+
+def test_the_shipped_model_is_a_stable_diffusion_pipeline(stable_diffusion):
+    prompt = 'a photo of a bird flying over water.'
+    made = stable_diffusion(prompt, num_inference_steps=3, output_type='np').images
+    assert made.shape == (1, 32, 32, 3)
+    assert np.isfinite(made).all()
+    assert made.std() > 0.01
+
+
+def test_the_shipped_model_has_the_schedule_of_stable_diffusion(stable_diffusion):
+    config = stable_diffusion.scheduler.config
+    assert config.beta_schedule == 'scaled_linear'
+    assert (config.beta_start, config.beta_end) == (0.00085, 0.012)
+
+
+def test_the_shipped_weights_are_small_and_safe(checkpoint):
+    weights = list(checkpoint.rglob('*.safetensors'))
+    assert sum(file.stat().st_size for file in weights) <= 16 * 2**20
+    assert not list(checkpoint.rglob('*.bin'))
