@@ -9,18 +9,6 @@ __all__ = ['MAX_TOKENS', 'ENDS', 'bend', 'Pictures', 'base_pictures', 'tiny_toke
            'save_tiny']
 
 # %% ../../nbs/data/tiny_model.ipynb #fd7f5a69
-import copy
-import json
-import time
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-from fastcore.basics import patch
-from scipy import ndimage
-
 from diffii.base.files import (
     load_optimizer_tensors,
     load_tensors,
@@ -38,6 +26,17 @@ from diffii.data.digits import (
     grey_of,
     load_halves,
 )
+
+import copy
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+import numpy as np
+import torch
+import torch.nn.functional as F
+from fastcore.basics import patch
+from scipy import ndimage
 
 # %% ../../nbs/data/tiny_model.ipynb #c821996d
 def bend(

@@ -535,7 +535,7 @@ def learn_concepts(
         file.unlink(missing_ok=True)
     return concepts
 
-
+# %% ../../nbs/method/concepts.ipynb #efac541f
 def _all_steps(training, file, sample_every):  # yields the loss of every step
     "Make the steps that are left, with trackers and checkpoints."
     settings = training.concepts.settings

@@ -7,13 +7,6 @@ __all__ = ['invert_step', 'ddim_invert', 'latent_stats', 'InversionPool', 'image
            'CategoryImages', 'images_to_invert', 'in_groups', 'invert_groups', 'invert_images']
 
 # %% ../../nbs/method/inversion.ipynb #534f2e41
-import warnings
-from dataclasses import dataclass, field
-from functools import partial
-
-import torch
-from PIL import Image, ImageOps
-
 from ..base.files import require
 from ..base.images import ImageSet, digest
 from ..base.pipeline import Conditioning, Pipeline
@@ -21,6 +14,12 @@ from ..base.seeds import generator
 from ..base.settings import InversionSettings
 from .concepts import Concepts
 from .diffusion import Grid, ddim_grid, ddim_step, noised
+
+import warnings
+from dataclasses import dataclass, field
+from functools import partial
+import torch
+from PIL import Image, ImageOps
 
 # %% ../../nbs/method/inversion.ipynb #3181f2ae
 def invert_step(

@@ -7,12 +7,6 @@ __all__ = ['Planner', 'plan_row', 'settings_of', 'another_row', 'begins_at', 'ma
            'circle_strip', 'soft_targets']
 
 # %% ../../nbs/method/synthesis.ipynb #73f54f6c
-import math
-from dataclasses import dataclass
-
-import numpy as np
-import torch
-
 from ..base.files import folder_name
 from ..base.methods import METHODS
 from ..base.pipeline import Pipeline
@@ -23,6 +17,11 @@ from .denoising import two_stage_denoise
 from .diffusion import ddim_grid, first_step, noised
 from .interpolation import angle, draw_pairs, draw_strength, slerp
 from .inversion import InversionPool, image_of
+
+import math
+from dataclasses import dataclass
+import numpy as np
+import torch
 
 # %% ../../nbs/method/synthesis.ipynb #b21f374f
 @dataclass

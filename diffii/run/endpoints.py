@@ -104,23 +104,6 @@ class EndpointSummariser(LLMSummariser):
         "Address and key must be there."
         endpoint_address()
 
-    def _attempt(self, url, body):
-        "(reply, problem, is it worth another try?) of one request."
-        import httpx
-
-        try:
-            status, text = _post(url, body, self.timeout)
-        except httpx.TimeoutException:
-            text = f'no answer within {self.timeout:g} s; give it more time'
-            return '', f'{text} or another model', True
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as e:
-            why = _hide_key(str(e) or type(e).__name__)
-            text = f'cannot be reached ({why})'
-            return '', f'{text}; check OPENAI_BASE_URL and the network', True
-        if 200 <= status < 300:
-            return text, '', False
-        return '', _refusal(status, text), status == 429 or status >= 500
-
     def _reply(self, prompt):
         "The server's reply, after as many tries as are allowed."
         url = endpoint_address()
@@ -138,6 +121,25 @@ class EndpointSummariser(LLMSummariser):
 
     def _where(self):
         return f'{urlsplit(endpoint_address()).netloc}, model {self.model}'
+
+# %% ../../nbs/run/endpoints.ipynb #f5883bce
+@patch
+def _attempt(self: EndpointSummariser, url, body):
+    "(reply, problem, is it worth another try?) of one request."
+    import httpx
+
+    try:
+        status, text = _post(url, body, self.timeout)
+    except httpx.TimeoutException:
+        text = f'no answer within {self.timeout:g} s; give it more time'
+        return '', f'{text} or another model', True
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as e:
+        why = _hide_key(str(e) or type(e).__name__)
+        text = f'cannot be reached ({why})'
+        return '', f'{text}; check OPENAI_BASE_URL and the network', True
+    if 200 <= status < 300:
+        return text, '', False
+    return '', _refusal(status, text), status == 429 or status >= 500
 
 # %% ../../nbs/run/endpoints.ipynb #6f877b05
 @patch

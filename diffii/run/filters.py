@@ -6,18 +6,17 @@
 __all__ = ['distances', 'nearest', 'drop_candidates']
 
 # %% ../../nbs/run/filters.ipynb #46c7e383
-from functools import partial
-
-import numpy as np
-import torch
-from PIL import Image
-
 from ..base.backbones import square
 from ..base.features import lpips_features, lpips_model
 from ..base.files import read_json, write_json
 from ..base.images import ImageSet
 from ..base.settings import SamplingSettings
 from .folders import RunFolder
+
+from functools import partial
+import numpy as np
+import torch
+from PIL import Image
 
 # %% ../../nbs/run/filters.ipynb #5748c30c
 def _features(
