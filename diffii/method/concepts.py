@@ -407,7 +407,7 @@ def finish(self: ConceptTraining) -> Concepts:
         concepts.lora = {k: v.detach().cpu().clone() for k, v in lora.items()}
     return concepts
 
-# %% ../../nbs/method/concepts.ipynb #4c7d10da
+# %% ../../nbs/method/concepts.ipynb #fff74edd
 @patch
 def write_checkpoint(self: ConceptTraining, file: Path):
     "Keep everything that the next step depends on."
@@ -535,7 +535,7 @@ def learn_concepts(
         file.unlink(missing_ok=True)
     return concepts
 
-# %% ../../nbs/method/concepts.ipynb #efac541f
+# %% ../../nbs/method/concepts.ipynb #219b4f58
 def _all_steps(training, file, sample_every):  # yields the loss of every step
     "Make the steps that are left, with trackers and checkpoints."
     settings = training.concepts.settings

@@ -35,7 +35,7 @@ class Planner:
     model: str  # written down with every image
     seed: int
 
-# %% ../../nbs/method/synthesis.ipynb #7c518e3f
+# %% ../../nbs/method/synthesis.ipynb #bf68376a
 def plan_row(
     plan: Planner,
     k: int,  # category of the real images that it stands in for
@@ -70,7 +70,7 @@ def plan_row(
         **_of_sampling(settings),
     )
 
-# %% ../../nbs/method/synthesis.ipynb #a5b494dd
+# %% ../../nbs/method/synthesis.ipynb #0780e4d2
 def _of_sampling(settings):
     "The settings that sampling needs, as they can stand in JSON."
     return dict(

@@ -152,7 +152,7 @@ def _diffusers_embeddings(file, held):
     both = {k: [e, more[k]] if k in more else [e] for k, e in held.items()}
     return {names.get(k, k): parts for k, parts in both.items()}
 
-# %% ../../nbs/run/concept_files.ipynb #3e0fb60b
+# %% ../../nbs/run/concept_files.ipynb #36478baf
 def _embedding_files(place):
     "The files of embeddings at a place, which is a file or a folder."
     if not place.is_dir():
