@@ -7,6 +7,8 @@ import pytest
 from diffii.base.files import UserError
 from diffii.base.pipeline import load_pipeline
 from diffii.base.seeds import generator
+from diffii.base.settings import FAST, SamplingSettings
+from diffii.method.denoising import denoising_steps, n_suffixed, two_stage_denoise
 from diffii.method.diffusion import ddim_grid, ddim_step, dpm_step, first_step, noised
 from diffii.method.interpolation import angle, draw_pairs, draw_strength, slerp
 
@@ -309,3 +311,155 @@ def test_strengths_are_even_over_their_range(mode, most):
 
     assert 0 <= got.min() and most * 0.99 < got.max() <= most
     assert abs(got.mean() - most / 2) < 0.03 * most
+
+
+# denoising in two stages
+
+PROMPT = 'a photo of a bird'
+SUFFIXES = (
+    'flying over water.',
+    'standing on a tree branch.',
+    'swimming in the water.',
+)
+
+
+@pytest.fixture
+def denoise(pipe):
+    "Denoise three noises under three suffixes, in ten steps; options are settings."
+    plain = pipe.encode_prompts([PROMPT] * 3)
+    suffixed = pipe.encode_prompts([f'{PROMPT} {suffix}' for suffix in SUFFIXES])
+
+    def _denoise(images=slice(0, 3), plain=plain, suffixed=suffixed, **options):
+        options = {'split_ratio': 0.3, 'guidance_scale': 3.0, 'steps': 10, **options}
+        noises = normal('denoise', n=3)[images]
+        rows = plain[images], suffixed and suffixed[images]
+        return two_stage_denoise(pipe, noises, *rows, SamplingSettings(**options))
+
+    _denoise.plain, _denoise.suffixed = plain, suffixed
+    return _denoise
+
+
+@pytest.fixture
+def calls(pipe):
+    "The number of latents in each call of the U-Net so far."
+    sizes, forward = [], pipe.unet.forward
+
+    def counted(x, *args, **options):
+        sizes.append(len(x))
+        return forward(x, *args, **options)
+
+    pipe.unet.forward = counted
+    return sizes
+
+
+@pytest.mark.parametrize(
+    'ratio, steps, count', [(0, 25, 0), (0.1, 25, 2), (0.3, 25, 8), (1, 25, 25)]
+)
+def test_the_first_stage_has_its_part_of_the_steps(ratio, steps, count):
+    assert n_suffixed(ratio, steps) == count
+
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(split_ratio=1.5), '--split-ratio 1.5'),
+        (dict(guided=(0.5, 0.2)), '--guided'),
+        (dict(solver='euler'), '--solver euler'),
+        (dict(suffixed=None), 'needs suffixed'),
+    ],
+)
+def test_denoising_that_cannot_be_is_refused(denoise, options, message):
+    with pytest.raises(UserError, match=message):
+        denoise(**options)
+
+
+def test_one_prompt_gives_the_latents_of_diffusers(pipe, denoise):
+    ours = denoise(suffixed=None, split_ratio=0, guidance_scale=5.0)
+
+    with_scheduler(pipe)
+    options = dict(guidance_scale=5.0, num_inference_steps=10, output_type='latent')
+    theirs = pipe.pipe([PROMPT] * 3, latents=normal('denoise', n=3), **options).images
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
+
+
+def test_without_a_first_stage_the_suffix_has_no_effect(denoise):
+    assert torch.equal(denoise(split_ratio=0), denoise(split_ratio=0, suffixed=None))
+
+
+def test_without_a_second_stage_the_plain_prompt_has_no_effect(denoise):
+    whole = denoise(split_ratio=1)
+
+    alone = denoise(plain=denoise.suffixed, suffixed=None, split_ratio=0)
+
+    torch.testing.assert_close(whole, alone, atol=1e-6, rtol=0)
+
+
+def test_an_image_does_not_depend_on_the_prompts_of_its_neighbours(denoise):
+    torch.testing.assert_close(
+        denoise()[1:2], denoise(images=slice(1, 2)), atol=1e-3, rtol=0
+    )
+
+
+def test_no_latents_give_no_latents(denoise):
+    assert denoise(images=slice(0, 0)).shape == (0, 4, 8, 8)
+
+
+def test_guidance_on_the_whole_trajectory_is_the_default(denoise):
+    assert torch.equal(denoise(), denoise(guided=(0.0, 1.0)))
+
+
+@pytest.mark.parametrize(
+    'options, count',
+    [
+        (dict(), 50),
+        (dict(guidance_scale=1.0), 25),
+        (dict(guided=(0.0, 0.6)), 25 + 15),
+        (dict(stride=2), 2 * 13),
+        (dict(stride=2, solver='dpm++'), 2 * 13),
+        (FAST, 14),
+    ],
+)
+def test_settings_save_calls_of_the_network(denoise, calls, options, count):
+    denoise(steps=25, **options)
+
+    assert sum(calls) == 3 * count
+
+
+def test_the_trajectory_ends_with_the_clean_latents(pipe, denoise):
+    settings = SamplingSettings(split_ratio=0.3, guidance_scale=3, steps=10, stride=3)
+    empty = pipe.encode_prompts([''] * 3)
+    rows = denoise.plain, denoise.suffixed, empty
+    with torch.inference_mode():
+        film = list(denoising_steps(pipe, normal('denoise', n=3), *rows, settings))
+
+    assert [step for step, _ in film] == [0, 3, 6, 9, 10]
+    torch.testing.assert_close(film[-1][1], denoise(stride=3), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize('most, tried', [(4, [6, 2]), (2, [6, 2]), (1, [6, 2, 1])])
+def test_a_small_memory_changes_the_size_of_the_calls_alone(pipe, denoise, most, tried):
+    want = denoise()
+    sizes, forward = [], pipe.unet.forward
+
+    def small(x, *args, **options):
+        sizes.append(len(x))
+        if len(x) > most:
+            raise torch.cuda.OutOfMemoryError()
+        return forward(x, *args, **options)
+
+    pipe.unet.forward = small
+    with pytest.warns(UserWarning, match='memory ran out') as warned:
+        got = denoise()
+
+    torch.testing.assert_close(got, want, atol=1e-3, rtol=0)
+    assert list(dict.fromkeys(sizes)) == tried
+    assert len(warned) == 1
+
+
+def test_a_memory_too_small_for_one_image_is_an_error(pipe, denoise):
+    def full(*args, **options):
+        raise torch.cuda.OutOfMemoryError()
+
+    pipe.unet.forward = full
+    with pytest.raises(UserError, match='--dtype float16'):
+        denoise()
