@@ -11,7 +11,8 @@ from collections import Counter
 import pytest
 import yaml
 
-WIDEST = 100  # characters of a line, which a page shows without scrolling
+WIDEST = 100  # characters of a line of code, which a page shows without scrolling
+WRAPPED = 400  # characters of a line of output, which the style sheet wraps
 PROCESS = """
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
@@ -143,7 +144,9 @@ def test_code_fits_the_page(notebooks):
     assert not wide
 
 
-def test_outputs_fit_the_page(notebooks):
+def test_text_outputs_are_wrapped_and_short_enough_for_it(root, notebooks):
+    style = (root / 'nbs' / 'styles.css').read_text(encoding='utf-8')
+    assert re.search(r'\.cell-output > pre > code \{ white-space: pre-wrap', style)
     wide = []
     for path, cells in notebooks.items():
         for cell in code(cells):
@@ -152,7 +155,7 @@ def test_outputs_fit_the_page(notebooks):
                 if 'text/html' in data or 'text/markdown' in data or pictures(cell):
                     continue
                 text = ''.join(out.get('text') or data.get('text/plain', ''))
-                wide += [f'{path}: {x}' for x in text.splitlines() if len(x) > WIDEST]
+                wide += [f'{path}: {x}' for x in text.splitlines() if len(x) > WRAPPED]
     assert not wide
 
 

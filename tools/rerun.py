@@ -39,7 +39,9 @@ def rerun(path, slow=False):
     for cell in nb.cells:
         if cell.cell_type != 'code' or passed_over(cell, slow):
             continue
-        cell.outputs = shell.run(cell.source)
+        # warnings name folders of this machine
+        found = shell.run(cell.source)
+        cell.outputs = [out for out in found if out.get('name') != 'stderr']
         if shell.exc is not None:
             return f'{path}: {type(shell.exc).__name__}: {shell.exc}\n{cell.source}'
     write_nb(nb, path)
