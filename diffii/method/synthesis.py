@@ -6,7 +6,7 @@
 __all__ = ['Planner', 'plan_row', 'settings_of', 'another_row', 'begins_at', 'make_plan', 'start_latents', 'make_batch',
            'circle_strip', 'soft_targets']
 
-# %% ../../nbs/method/synthesis.ipynb #73f54f6c
+# %% ../../nbs/method/synthesis.ipynb #13bc5227
 from ..base.files import folder_name
 from ..base.methods import METHODS
 from ..base.pipeline import Pipeline
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-# %% ../../nbs/method/synthesis.ipynb #b21f374f
+# %% ../../nbs/method/synthesis.ipynb #49cc10cd
 @dataclass
 class Planner:
     "What all images of a plan have in common."
@@ -35,7 +35,7 @@ class Planner:
     model: str  # written down with every image
     seed: int
 
-# %% ../../nbs/method/synthesis.ipynb #bf68376a
+# %% ../../nbs/method/synthesis.ipynb #dc8d2fdb
 def plan_row(
     plan: Planner,
     k: int,  # category of the real images that it stands in for
@@ -70,7 +70,7 @@ def plan_row(
         **_of_sampling(settings),
     )
 
-# %% ../../nbs/method/synthesis.ipynb #0780e4d2
+# %% ../../nbs/method/synthesis.ipynb #9f8c1d59
 def _of_sampling(settings):
     "The settings that sampling needs, as they can stand in JSON."
     return dict(
