@@ -40,7 +40,7 @@ def test_results_of_version_0_1_are_shown_but_not_gone_on_with(tmp_path):
     out.mkdir()
     (out / 'experiment.json').write_bytes(old.read_bytes())
     settings = BenchmarkSettings.of(trials=dict(shots=3, trials=1, methods='original'))
-    with pytest.raises(UserError, match='written by another version.*another folder'):
+    with pytest.raises(UserError, match='a run of diffii 0.1.0.*another folder'):
         benchmark('few-shot', 'digits', out, settings)
     assert [p.name for p in out.iterdir()] == ['experiment.json']
 

@@ -393,15 +393,9 @@ def test_wrong_settings_are_refused_before_anything_is_written(
     assert not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize(
-    'wrong, named',
-    [(dict(n_tokens=0), '--tokens 0'), (dict(init_word='\u200b'), '--init-word')],
-)
-def test_wrong_settings_of_concepts_are_refused_too(
-    pipe, birds, tmp_path, wrong, named
-):
-    settings = Settings.of(pipe, 'bird', **{**GIVEN, 'concepts': wrong})
-    with pytest.raises(UserError, match=named):
+def test_wrong_settings_of_concepts_are_refused_too(pipe, birds, tmp_path):
+    settings = Settings.of(pipe, 'bird', **{**GIVEN, 'concepts': dict(n_tokens=0)})
+    with pytest.raises(UserError, match='--tokens 0'):
         synthesize(pipe, birds, tmp_path / 'out', settings, SUFFIXES)
     assert not (tmp_path / 'out').exists()
 

