@@ -138,7 +138,7 @@ def test_remake_finds_a_model_that_moved(augment, say, tmp_path):
     shutil.copytree(Path(diffii.__file__).parent / 'tiny', before)
     augment('--out', out, '--model', before)
     before.rename(after)
-    name, to = 'lonely/00001.png', tmp_path / 'a.png'
+    name, to = 'train/lonely/00001.png', tmp_path / 'a.png'
     assert str(before) in say('remake', out, name, '--to', to).line
     assert say('remake', out, name, '--to', to, '--model', after).code == 0
     assert (pixels(to) == pixels(out / name)).all()

@@ -81,7 +81,7 @@ def test_a_run_keeps_the_contexts_that_it_began_with(augment, moody, tmp_path):
     kept = read(out / '.diffii' / 'suffixes.json')['suffixes']
     assert kept == ['in mood 0.', 'in the snow.']
     assert read(out / '.diffii' / 'run.json')['suffixes'] == kept
-    (out / 'lonely' / '00001.png').unlink()
+    (out / 'train' / 'lonely' / '00001.png').unlink()
     assert f'{MADE} synthetic images' in augment('--out', out).stdout
     assert len(moody.asked) == 1
 

@@ -118,7 +118,7 @@ def test_the_folder_holds_results_report_and_images(finished, results):
     names = ['.demo.json', 'report.html', 'results.json', 'synthetic-0', 'synthetic-1']
     assert sorted(p.name for p in out.iterdir()) == names
     assert (results['real'], results['synthetic']) == (20, 40)
-    assert len(list((out / 'synthetic-1').glob('*/*.png'))) == 40
+    assert len(list((out / 'synthetic-1').glob('train/*/*.png'))) == 40
 
 
 def test_every_trial_samples_its_own_real_images(finished, results):

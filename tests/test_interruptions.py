@@ -61,8 +61,8 @@ def test_a_killed_run_goes_on_and_ends_the_same(augment, tmp_path):
     moments = [
         holds('.diffii/concepts/*', 1),
         holds('.diffii/pool/*', 1),
-        holds('*/*.png', 5),
-        holds('*/*.png', 20),
+        holds('train/*/*.png', 5),
+        holds('train/*/*.png', 20),
     ]
     kills = sum(kill_when(augment(broken), moment) for moment in moments)
     assert kills >= 2

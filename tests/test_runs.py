@@ -113,13 +113,15 @@ def test_every_stage_reports_its_progress(make, tmp_path):
 
 def test_the_folder_holds_images_a_card_and_metadata(straight, birds):
     shown = sorted(p.name for p in straight.folder.iterdir() if p.name[0] != '.')
-    assert shown == ['README.md', 'metadata.jsonl', *birds.classes]
+    assert shown == ['README.md', 'metadata.jsonl', 'train']
+    shown = sorted(p.name for p in RunFolder(straight.folder).images.iterdir())
+    assert shown == sorted(birds.classes)
     assert straight.counts.tolist() == [6, 6, 6]
 
 
 def test_the_record_keeps_the_settings_by_group(straight, birds):
     record = read_json(straight.folder / STATE / 'run.json')
-    assert record['format'] == 2
+    assert record['format'] == 3
     assert record['sampling']['expansion'] == 2
     assert record['concepts']['steps'] == 2
     assert record['inversion']['steps'] == 3
@@ -130,7 +132,7 @@ def test_the_record_keeps_the_settings_by_group(straight, birds):
 def test_every_method_makes_its_images(make, tmp_path, method):
     got = make(tmp_path / 'out', concepts=None, sampling=dict(method=method))
     assert len(got) == 18
-    assert len(list(got.folder.glob('*/*.png'))) == 18
+    assert len(list(got.folder.glob('train/*/*.png'))) == 18
 
 
 def test_the_original_set_alone_gets_no_images(make, tmp_path):
@@ -230,7 +232,7 @@ def test_an_interrupted_run_ends_with_the_same_files(make, tmp_path):
     straight = make(tmp_path / 'straight', concepts=None)
     with pytest.raises(Stop):
         make(tmp_path / 'out', concepts=None, progress=stop_after_a_batch)
-    made = list(tmp_path.glob('out/*/*.png'))
+    made = list(tmp_path.glob('out/train/*/*.png'))
     stamps = [file.stat().st_mtime_ns for file in made]
     assert len(made) == 8
     lines = (tmp_path / 'out' / 'metadata.jsonl').read_text().splitlines()

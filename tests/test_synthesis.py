@@ -169,7 +169,7 @@ def test_file_names_are_unique_and_safe(planned):
     for method in ('diff-ii', 'diff-mix'):
         names = [r['file_name'] for r in planned(method=method)]
         assert len(set(names)) == 24
-        assert all(name.count('/') == 1 for name in names)
+        assert all(name.count('/') == 2 for name in names)
 
 
 def test_images_of_a_category_are_started_from_in_turn(planned):
@@ -183,7 +183,7 @@ def test_mixing_methods_follow_another_category_with_a_soft_label(planned):
     for row in planned(method='diff-mix'):
         assert row['label'] != row['source_label']
         assert row['label_weight'] == row['strength'] ** 0.8
-        assert row['file_name'].startswith(row['label'] + '/')
+        assert row['file_name'].startswith(f'train/{row["label"]}/')
 
 
 def test_with_one_category_a_mixing_method_stays_in_it(pool):

@@ -189,7 +189,7 @@ def status(folder: Annotated[Path, FolderArgument]):
         print(f'{name:<11}', 'unknown yet' if value is None else value)
 
 # %% ../../nbs/app/cli.ipynb #92af984f
-FileArgument = typer.Argument(help='An image of its metadata, as oak/00003.png.')
+FileArgument = typer.Argument(help='An image of its metadata, as train/oak/00003.png.')
 ToOption = typer.Option(help='Where to write it: a new file.')
 
 

@@ -7,7 +7,7 @@ __all__ = ['Planner', 'plan_row', 'settings_of', 'another_row', 'begins_at', 'ma
            'circle_strip', 'soft_targets']
 
 # %% ../../nbs/method/synthesis.ipynb #13bc5227
-from ..base.files import folder_name
+from ..base.files import IMAGES, folder_name
 from ..base.methods import METHODS
 from ..base.pipeline import Pipeline
 from ..base.seeds import generator
@@ -53,7 +53,7 @@ def plan_row(
     suffix = _suffix(plan, gen)
     name = f'{j:05d}{f"_from_{k}" if mixed else ""}.png'
     return dict(
-        file_name=f'{folder_name(target)}/{name}',
+        file_name=f'{IMAGES}/{folder_name(target)}/{name}',
         label=target,
         label_weight=strength**settings.gamma if mixed else 1.0,
         method=settings.method,

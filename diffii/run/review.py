@@ -83,7 +83,7 @@ def load_concepts(
 def remake(
     pipe: Pipeline,  # the model that the folder was made with
     path,  # an output folder
-    file_name: str,  # as in its metadata, e.g. 'oak/00003.png'
+    file_name: str,  # as in its metadata, e.g. 'train/oak/00003.png'
 ):  # -> Pillow image
     "Make one synthetic image again. Raises `UserError` where it is not known."
     folder = RunFolder(path)

@@ -331,7 +331,7 @@ def _written_behind():
         yield write
         wait()
 
-# %% ../../nbs/run/runs.ipynb #167e559a
+# %% ../../nbs/run/runs.ipynb #20e5438f
 def make_missing(run: Run, concepts: Concepts, pool: InversionPool | None, plan: list):
     "Make the images of the plan that are not there, batch by batch."
     dropped, parts = run.folder.dropped_names(), _parts(run.folder)
@@ -355,7 +355,7 @@ def make_missing(run: Run, concepts: Concepts, pool: InversionPool | None, plan:
                 write_rows(run.folder.redrawn / f'{number}.jsonl', unplanned)
             named = {row['file_name']: image for row, image in zip(batch, images)}
             kept = {k: image for k, image in named.items() if k not in dropped}
-            write({run.folder.path / k: image for k, image in kept.items()})
+            write({run.folder.path / name: im for name, im in kept.items()})
             done += len(batch)
             run.progress('images', done, len(plan))
 
@@ -445,7 +445,7 @@ def _tidy(run):
         with atomic(run.folder.settings) as unfinished:
             unfinished.write_text(config_text(run.in_force()), encoding='utf-8')
 
-# %% ../../nbs/run/runs.ipynb #e333be68
+# %% ../../nbs/run/runs.ipynb #362b72b5
 def synthesize(
     pipe: Pipeline,  # a loaded model
     images: ImageSet,  # the training images
