@@ -5,15 +5,13 @@
 # %% auto #0
 __all__ = ['Trial', 'run_trial', 'compare', 'over_trials', 'verdict', 'demo', 'summary', 'write_report', 'report_pictures']
 
-# %% ../../nbs/start/demo.ipynb #f013f5d2
-import base64
-import io
+# %% ../../nbs/start/demo.ipynb #8ba3d061
 import time
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
-from ..base.files import UserError, atomic, require, write_json
+from ..base.files import UserError, require, write_json
+from ..base.pages import picture_data, write_page
 from ..base.processes import Progress
 from ..base.settings import ClassifierSettings, Settings
 from ..run.folders import RunFolder, claim
@@ -195,28 +193,15 @@ def _mean(found):
     "The mean of each value over several dicts."
     return {k: sum(one[k] for one in found) / len(found) for k in found[0]}
 
-# %% ../../nbs/start/demo.ipynb #7d5a6c67
+# %% ../../nbs/start/demo.ipynb #2fe94ac7
 def write_report(
     path,  # an HTML file
     results: dict,  # what `demo` returns
     pictures: list,  # of (title, Pillow image, caption)
 ):
     "Write the report as one file that needs no other."
-    from jinja2 import Environment
-
-    template = resources.files('diffii.start').joinpath('report.html')
-    template = Environment(autoescape=True).from_string(template.read_text('utf-8'))
-    shown = [dict(title=t, data=_base64(im), caption=c) for t, im, c in pictures]
-    html = template.render(r=results, pictures=shown)
-    with atomic(path) as unfinished:
-        unfinished.write_text(html, encoding='utf-8')
-
-
-def _base64(image):
-    "A Pillow image as the text of a PNG."
-    file = io.BytesIO()
-    image.save(file, 'PNG')
-    return base64.b64encode(file.getvalue()).decode()
+    shown = [dict(title=t, data=picture_data(im), caption=c) for t, im, c in pictures]
+    write_page(path, 'start/report.html', r=results, pictures=shown)
 
 # %% ../../nbs/start/demo.ipynb #86b6bf89
 def report_pictures(pipe, trial: Trial, shots: int) -> list:
