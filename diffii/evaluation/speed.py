@@ -35,7 +35,8 @@ def unet_clock(pipe):  # yields a list that gets (began, ended) of every call
     "When the U-Net is at work."
     import torch
 
-    owner, name = (pipe, 'compiled') if pipe.compiled else (pipe.unet, 'forward')
+    plain = pipe.compiled is None
+    owner, name = (pipe.unet, 'forward') if plain else (pipe, 'compiled')
     original, calls = getattr(owner, name), []
 
     def timed(*args, **kwargs):
