@@ -8,6 +8,7 @@ from small_models import checkpoint, load, loaded, predicted
 from diffii.base.files import UserError
 from diffii.base.images import ImageSet
 from diffii.base.pipeline import _compiled, load_pipeline, model_digest
+from diffii.evaluation.speed import unet_clock
 from diffii.base.seeds import generator
 from diffii.base.settings import ModelSettings
 from diffii.method.concepts import named_concepts
@@ -121,6 +122,12 @@ def test_a_compiled_network_predicts_the_same(compiled):
 
     plain = predicted(loaded('sd1'), ['a bird', 'a digit'])
     torch.testing.assert_close(swift, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_the_clock_counts_calls_of_the_compiled_network(compiled):
+    with unet_clock(compiled) as calls:
+        predicted(compiled, ['a bird', 'a digit'])
+    assert len(calls) == 1
 
 
 def test_training_uses_the_plain_network(compiled):
