@@ -9,7 +9,16 @@ from filelock import FileLock
 from PIL import Image
 
 from diffii.base.files import UserError, read_json, write_json
-from diffii.run.folders import BEFORE, FORMAT, RunFolder, claim, read_rows, write_rows
+from diffii.run.cards import write_card
+from diffii.run.folders import (
+    BEFORE,
+    FORMAT,
+    RECORD,
+    RunFolder,
+    claim,
+    read_rows,
+    write_rows,
+)
 
 CLASSES = ('oak', 'ash', 'train')  # one has the name of the folder of all images
 
@@ -121,3 +130,111 @@ def test_a_folder_of_version_0_1_is_refused(tmp_path):
     write_json(tmp_path / '.diffii' / 'run.json', dict(seed=0))
     with pytest.raises(UserError, match='install diffii==0.1.0'):
         RunFolder(tmp_path).about()
+
+
+# ---- readers of a finished set
+
+TREES = ('Zelkova', 'ash', 'c10', 'c2')  # as text, and as people would not sort them
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    "A folder as a run leaves it: three images of each of four categories."
+    folder = RunFolder(tmp_path_factory.mktemp('layout') / 'trees')
+    about = dict(model='tiny', metaclass='tree', seed=0, images={}, classes=TREES)
+    claim(folder.path, {**about, 'sampling': dict(method='diff-ii')}, RECORD)
+    rows = [
+        dict(file_name=f'train/{name}/{i:05d}.png', label=name, attempt=0)
+        for i in range(3)
+        for name in TREES
+    ]
+    for number, row in enumerate(rows):
+        row |= dict(strength=number / 20, sources=['a@0', 'b@0'], micro_batch=None)
+        folder.file(row).parent.mkdir(parents=True, exist_ok=True)
+        picture(number).save(folder.file(row))
+    write_rows(folder.metadata, rows)
+    folder.pool.mkdir(parents=True)
+    picture(0).save(folder.state / 'no image of the set.png')
+    write_card(folder)
+    return folder
+
+
+def by_torchvision(folder, tmp_path):
+    from torchvision.datasets import ImageFolder
+
+    found = ImageFolder(folder.images)
+    return found.classes, [(number_of(image), k) for image, k in found]
+
+
+def by_fastai(folder, tmp_path):
+    from fastai.vision.all import ImageDataLoaders
+
+    found = ImageDataLoaders.from_folder(folder.path, valid_pct=0, num_workers=0)
+    items = found.train_ds
+    return list(found.vocab), [(number_of(image), int(k)) for image, k in items]
+
+
+def by_timm(folder, tmp_path):
+    from timm.data import create_dataset
+
+    order = {name: k for k, name in enumerate(TREES)}
+    found = create_dataset('', root=folder.path, split='train', class_map=order)
+    return list(found.reader.class_to_idx), [(number_of(im), k) for im, k in found]
+
+
+def by_imagefolder(folder, tmp_path):
+    return by_datasets('imagefolder', tmp_path, data_dir=str(folder.path))
+
+
+def by_its_card(folder, tmp_path):
+    return by_datasets(str(folder.path), tmp_path)
+
+
+def by_datasets(place, cache, **options):
+    import datasets
+
+    datasets.disable_progress_bars()
+    found = datasets.load_dataset(place, cache_dir=str(cache), **options)
+    assert list(found) == ['train']
+    items = [(number_of(row['image']), row['label']) for row in found['train']]
+    return found['train'].features['label'].names, items
+
+
+def number_of(image):
+    "The number that `picture` was given."
+    return np.asarray(image)[0, 0, 0]
+
+
+READERS = (by_torchvision, by_fastai, by_timm, by_imagefolder, by_its_card)
+
+
+@pytest.mark.parametrize('read', READERS)
+def test_every_reader_finds_the_same_images_labels_and_classes(
+    read, finished, tmp_path
+):
+    classes, items = read(finished, tmp_path)
+    assert list(classes) == list(TREES)
+    assert sorted(items) == [(number, number % 4) for number in range(12)]
+
+
+def test_the_card_gives_datasets_the_columns_of_the_metadata(finished, tmp_path):
+    import datasets
+
+    place = str(finished.path)
+    found = datasets.load_dataset(place, cache_dir=str(tmp_path))['train']
+    assert found['strength'][5] == 0.25
+    assert found['sources'][5] == ['a@0', 'b@0']
+    assert found['micro_batch'][5] is None
+
+
+def test_the_order_of_the_set_is_kept_where_it_is_another(finished, tmp_path):
+    import shutil
+
+    copy = RunFolder(tmp_path / 'copy')
+    shutil.copytree(finished.path, copy.path)
+    about = {**read_json(copy.record), 'classes': TREES[::-1]}
+    write_json(copy.record, about)
+    write_card(copy)
+    classes, items = by_its_card(copy, tmp_path / 'cache')
+    assert list(classes) == list(TREES[::-1])
+    assert sorted(items) == [(number, 3 - number % 4) for number in range(12)]
