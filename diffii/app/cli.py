@@ -204,14 +204,13 @@ def remake(
     "Make one synthetic image again, from its line of metadata."
     from diffii.base.files import require, save_png
     from diffii.base.pipeline import load_pipeline
-    from diffii.run.folders import STATE, read_record
+    from diffii.run.folders import RunFolder
     from diffii.run.review import remake as again
 
-    record = f'{STATE}/run.json'
-    ours = (folder / record).is_file()
+    ours = RunFolder(folder).record.is_file()
     require(ours, f'{folder}: not a folder that diffii augment wrote')
     require(not to.exists(), f'--to {to}: is there already; give another name')
-    run = read_record(folder, record)
+    run = RunFolder(folder).about()
     made_with = {k: run[k] for k in ('model', 'dtype', 'size', 'batch_size')}
     settings = ModelSettings(**{**made_with, **given['model']})
     save_png(to, again(load_pipeline(settings), folder, file_name))
