@@ -56,3 +56,20 @@ def files_of(folder):
         for p in folder.rglob('*')
         if p.is_file() and '.diffii' not in p.parts and p.name != 'README.md'
     }
+
+
+def a_row(file_name, **more):
+    "A line of a plan, of whatever image."
+    row = dict(file_name=file_name, label='oak', label_weight=1.0, method='diff-ii')
+    row |= dict(model='tiny', seed=0, index=0, attempt=0, micro_batch=None, suffix='')
+    row |= dict(source_label='oak', sources=['a', 'b'], strength=0.4, alpha=1.5)
+    row |= dict(split_ratio=0.3, guidance_scale=7.5, steps=25, start='circle')
+    row |= dict(interpolation='circle', equal_norms=False, guided=[0.0, 1.0])
+    return row | dict(solver='ddim', stride=1, batch=0) | more
+
+
+def a_record(**more):
+    "What a run.json says, but for its number and version."
+    record = dict(model='tiny', base='0' * 8 + '-', size=32, dtype='float32', seed=0)
+    record |= dict(batch_size=8, metaclass='tree', classes=['oak'], images={})
+    return record | dict(suffixes=[], concepts=None, inversion={}, sampling={}) | more

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock
+from garden import a_record, a_row
 from PIL import Image
 
 from diffii.base.files import UserError, read_json, write_json
@@ -36,9 +37,7 @@ def before(tmp_path):
     "A folder of format 2: categories beside the metadata, one image dropped."
     folder = RunFolder(tmp_path / 'before')
     rows = [
-        dict(file_name=f'{name}/{i:05d}.png', label=name, attempt=0)
-        for name in CLASSES
-        for i in range(3)
+        a_row(f'{name}/{i:05d}.png', label=name) for name in CLASSES for i in range(3)
     ]
     for number, row in enumerate(rows[:-1]):
         path = folder.path / row['file_name']
@@ -48,7 +47,8 @@ def before(tmp_path):
     write_rows(folder.redrawn / '0.jsonl', [{**rows[1], 'attempt': 1}])
     write_rows(folder.metadata, rows[:-1])
     write_json(folder.dropped, [rows[-1]['file_name']])
-    write_json(folder.record, dict(format=BEFORE, diffii='0.2.0', seed=0))
+    head = dict(format=BEFORE, diffii='0.2.0')
+    write_json(folder.record, head | a_record())
     return folder
 
 
@@ -74,13 +74,13 @@ def test_a_folder_of_the_format_before_is_brought_up_when_it_is_read(before):
 
 
 def test_a_run_in_a_folder_of_the_format_before_goes_on(before):
-    claim(before.path, dict(seed=0), '.diffii/run.json')
+    claim(before.path, a_record(), '.diffii/run.json')
     assert_brought_up(before)
 
 
 def test_another_run_does_not_take_a_folder_of_the_format_before(before):
     with pytest.raises(UserError, match='seed: 0 then, 1 now'):
-        claim(before.path, dict(seed=1), '.diffii/run.json')
+        claim(before.path, a_record(seed=1), '.diffii/run.json')
 
 
 STEPS = ('mkdir', 'replace', 'rmdir')  # what moves images, and puts lists in place
