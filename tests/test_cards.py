@@ -1,6 +1,7 @@
 "The card of a folder: what the hub reads in it, and what its owner wrote is kept."
 
 import pytest
+from garden import a_record, a_row
 from huggingface_hub import DatasetCard
 
 from diffii.run.cards import YOURS, columns, size_category, write_card
@@ -13,11 +14,10 @@ CLASSES = ('oak', 'yes', '12', '../../up', '花: "x" # y')  # YAML has to quote 
 def folder(tmp_path):
     "A folder with metadata of five images, and no images."
     folder = RunFolder(tmp_path / 'more trees')
-    about = dict(model='tiny', metaclass='tree', seed=0, images={'oak/1.jpg': 'x'})
-    about = {**about, 'classes': CLASSES, 'sampling': dict(method='diff-ii')}
-    claim(folder.path, about, RECORD)
+    about = dict(images={'oak/1.jpg': 'x'}, sampling=dict(method='diff-ii'))
+    claim(folder.path, a_record(classes=CLASSES, **about), RECORD)
     rows = [
-        dict(file_name=f'train/{k}/0.png', label=name, attempt=int(k == 2))
+        a_row(f'train/{k}/0.png', label=name, attempt=int(k == 2))
         for k, name in enumerate(CLASSES)
     ]
     write_rows(folder.metadata, rows)
@@ -120,12 +120,13 @@ def test_what_the_owner_wrote_is_kept(folder):
 
 def test_what_follows_from_the_images_is_new(folder):
     write_card(folder)
-    rows = [dict(file_name='train/oak/0.png', label='oak', attempt=0, score=0.5)]
-    write_rows(folder.metadata, rows * 1000)
+    row = a_row('train/oak/0.png', start='noise', sources=[], strength=None)
+    write_rows(folder.metadata, [row] * 1000)
     write_card(folder)
     card = card_of(folder)
     assert card.data.size_categories == ['1K<n<10K']
-    assert 'score' in [c['name'] for c in card.data.configs[0]['features']]
+    columns = card.data.configs[0]['features']
+    assert dict(name='strength', dtype='string') in columns
     assert 'These 1000 images' in card.text
 
 

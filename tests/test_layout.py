@@ -1,6 +1,7 @@
 "Where the images of a set lie: readers take them as they are, former folders follow."
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from garden import a_record, a_row
 from PIL import Image
 
 from diffii.base.files import UserError, read_json, write_json
+from diffii.base.records import write_record
 from diffii.run.cards import write_card
 from diffii.run.folders import (
     BEFORE,
@@ -141,15 +143,15 @@ TREES = ('Zelkova', 'ash', 'c10', 'c2')  # as text, and as people would not sort
 def finished(tmp_path_factory):
     "A folder as a run leaves it: three images of each of four categories."
     folder = RunFolder(tmp_path_factory.mktemp('layout') / 'trees')
-    about = dict(model='tiny', metaclass='tree', seed=0, images={}, classes=TREES)
-    claim(folder.path, {**about, 'sampling': dict(method='diff-ii')}, RECORD)
+    about = a_record(classes=TREES, sampling=dict(method='diff-ii'))
+    claim(folder.path, about, RECORD)
     rows = [
-        dict(file_name=f'train/{name}/{i:05d}.png', label=name, attempt=0)
+        a_row(f'train/{name}/{i:05d}.png', label=name)
         for i in range(3)
         for name in TREES
     ]
     for number, row in enumerate(rows):
-        row |= dict(strength=number / 20, sources=['a@0', 'b@0'], micro_batch=None)
+        row['strength'] = number / 20
         folder.file(row).parent.mkdir(parents=True, exist_ok=True)
         picture(number).save(folder.file(row))
     write_rows(folder.metadata, rows)
@@ -223,17 +225,14 @@ def test_the_card_gives_datasets_the_columns_of_the_metadata(finished, tmp_path)
     place = str(finished.path)
     found = datasets.load_dataset(place, cache_dir=str(tmp_path))['train']
     assert found['strength'][5] == 0.25
-    assert found['sources'][5] == ['a@0', 'b@0']
+    assert found['sources'][5] == ['a', 'b']
     assert found['micro_batch'][5] is None
 
 
 def test_the_order_of_the_set_is_kept_where_it_is_another(finished, tmp_path):
-    import shutil
-
     copy = RunFolder(tmp_path / 'copy')
     shutil.copytree(finished.path, copy.path)
-    about = {**read_json(copy.record), 'classes': TREES[::-1]}
-    write_json(copy.record, about)
+    write_record(copy.record, {**copy.about(), 'classes': TREES[::-1]})
     write_card(copy)
     classes, items = by_its_card(copy, tmp_path / 'cache')
     assert list(classes) == list(TREES[::-1])

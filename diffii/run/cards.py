@@ -118,7 +118,7 @@ def card_text(
         redrawn=redrawn if again else '',
     )
 
-# %% ../../nbs/run/cards.ipynb #eb0e84d7
+# %% ../../nbs/run/cards.ipynb #cddf0264
 def write_card(folder: RunFolder):
     "Write the card of a folder; what its owner wrote is kept."
     about, rows = folder.about(), read_rows(folder.metadata)
@@ -154,7 +154,10 @@ def _read_card(file):  # -> (the header as a dict, what stands below our text)
     if not file.is_file():
         return {}, ''
     try:
-        card = DatasetCard(file.read_text(encoding='utf-8'))
+        text = file.read_text(encoding='utf-8')
+        if not text.startswith('---'):
+            return {}, text.partition(YOURS)[2]
+        card = DatasetCard(text)
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise ValueError(str(e)) from e
     return card.data.to_dict(), card.text.partition(YOURS)[2]
