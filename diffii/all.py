@@ -27,6 +27,7 @@ from .method.classifier import evaluate, train_classifier
 from .method.concepts import Concepts, learn_concepts, named_concepts
 from .method.denoising import two_stage_denoise
 from .method.diffusion import ddim_grid, ddim_step
+from .method.few_step import FewStep, open_few_step
 from .method.interpolation import draw_pairs, draw_strength, slerp
 from .method.inversion import InversionPool, ddim_invert, invert_images, latent_stats
 from .method.suffixes import (

@@ -21,14 +21,13 @@ from diffii.base.files import UserError
 from diffii.base.pipeline import model_digest
 from diffii.base.settings import ConceptSettings
 from diffii.method.concepts import Concepts, learn_concepts, named_concepts
+from diffii.base.loras import lora_to_peft, read_weights
 from diffii.run.concept_files import (
     FORMATS,
     export_concepts,
     import_concepts,
-    lora_to_peft,
     open_concepts,
     read_embeddings,
-    read_weights,
 )
 
 import torch

@@ -347,7 +347,7 @@ INTERPOLATIONS = ('circle', 'inward', 'none')
 # sampling that needs about a third of the U-Net calls
 FAST = dict(guided=(0.0, 0.6), solver='dpm++', stride=3)
 
-# %% ../../nbs/base/settings.ipynb #355b1c0c
+# %% ../../nbs/base/settings.ipynb #22097f8a
 @dataclass
 class SamplingSettings(Group):
     """The plan of the synthetic images and their sampling. The defaults are the paper's
@@ -385,18 +385,47 @@ class SamplingSettings(Group):
     # how a step is made: ddim as in the paper, or dpm++ (arXiv 2211.01095)
     solver: str = setting('ddim', choices=SOLVERS)
     stride: int = setting(1, least=1)  # steps of the grid that sampling takes in one
+    # few-step weights, a LoRA that samples in a few calls without guidance: a file, a
+    # name on the hub, as latent-consistency/lcm-lora-sdv1-5, or own, which lies beside
+    # the model
+    few_step: str | None = setting(None)
+    # calls of the U-Net for an image with few-step weights; by default 8
+    calls: int | None = setting(None, least=1)
+    # between two such calls, share of noise that is fresh: by default 1, as latent
+    # consistency has it; 0 leads on along one trajectory
+    fresh_noise: float | None = setting(None, least=0, most=1)
 
-    def check(self):
-        "A method has its own strengths; only two-stage methods know contexts."
-        method = METHODS[self.method]
-        self.strengths = self.strengths or method.strengths
-        if not method.two_stage:
-            self.split_ratio = 0.0
-        ordered = len(self.guided) == 2 and self.guided[0] <= self.guided[1]
-        text = f'--guided {self.guided}'
-        require(ordered, f'{text}: two fractions of the trajectory, as 0,0.7')
+# %% ../../nbs/base/settings.ipynb #640a7372
+@patch
+def check(self: SamplingSettings):
+    "A method has its own strengths; only two-stage methods know contexts."
+    method = METHODS[self.method]
+    self.strengths = self.strengths or method.strengths
+    if not method.two_stage:
+        self.split_ratio = 0.0
+    ordered = len(self.guided) == 2 and self.guided[0] <= self.guided[1]
+    text = f'--guided {self.guided}'
+    require(ordered, f'{text}: two fractions of the trajectory, as 0,0.7')
+    self._check_few_step()
 
-# %% ../../nbs/base/settings.ipynb #928a439d
+
+@patch
+def _check_few_step(self: SamplingSettings):
+    "What few-step sampling settles by itself, and what only it knows."
+    for name in ('calls', 'fresh_noise'):
+        text = f'--{name.replace("_", "-")}: is of few-step sampling'
+        given = getattr(self, name) is not None
+        require(self.few_step or not given, f'{text}; give --few-step too')
+    if not self.few_step:
+        return
+    self.calls = self.calls or min(8, self.steps)
+    text = f'--calls {self.calls}: more than --steps {self.steps}'
+    require(self.calls <= self.steps, f'{text}; give {self.steps} or less')
+    self.fresh_noise = 1.0 if self.fresh_noise is None else self.fresh_noise
+    self.guidance_scale, self.guided = 1.0, (0.0, 1.0)
+    self.solver, self.stride = 'ddim', 1
+
+# %% ../../nbs/base/settings.ipynb #931f1b74
 @patch(as_prop=True)
 def start(self: SamplingSettings) -> str:
     "Where sampling starts: 'circle', 'noise', 'image' or 'nothing'."

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['status', 'per_minute', 'load_concepts', 'remake']
 
-# %% ../../nbs/run/review.ipynb #68b6873a
+# %% ../../nbs/run/review.ipynb #434e642e
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from ..base.files import load_tensors, require
 from ..base.pipeline import Pipeline, model_digest, same_model
 from ..base.settings import ConceptSettings
 from ..method.concepts import Concepts
+from ..method.few_step import open_few_step
 from ..method.synthesis import make_batch
 from .folders import RunFolder, read_rows
 from .pools import load_pool
@@ -79,7 +80,7 @@ def load_concepts(
     of_run = tuple(about['classes']), about['metaclass'], named, about['base']
     return Concepts(*of_run, [], {})
 
-# %% ../../nbs/run/review.ipynb #6ccabd29
+# %% ../../nbs/run/review.ipynb #f14fecc2
 def remake(
     pipe: Pipeline,  # the model that the folder was made with
     path,  # an output folder
@@ -94,11 +95,27 @@ def remake(
     require(same, f'{text} ({about["model"]})')
     concepts, batch = load_concepts(path), _batch_of(folder, row)
     pool = load_pool(folder.pool, about['classes']) if row['sources'] else None
-    with _micro_batch(pipe, row['micro_batch'] or about['batch_size']):
-        with concepts.attached(pipe):
-            return make_batch(pipe, concepts, pool, batch)[batch.index(row)]
+    few_step = _few_step_of(pipe, about)
+    with ExitStack() as stack:
+        images = row['micro_batch'] or about['batch_size']
+        stack.enter_context(_micro_batch(pipe, images))
+        stack.enter_context(concepts.attached(pipe))
+        if few_step:
+            stack.enter_context(few_step.attached(pipe))
+        return make_batch(pipe, concepts, pool, batch)[batch.index(row)]
 
 
+def _few_step_of(pipe, about):
+    "The few-step weights of a run, None where it had none."
+    if not about.get('few_step'):
+        return None
+    place = about['sampling']['few_step']
+    found = open_few_step(pipe, place)
+    text = f'--few-step {place}: other weights are there now than the images were made'
+    require(found.digest() == about['few_step'], f'{text} with; put the old ones back')
+    return found
+
+# %% ../../nbs/run/review.ipynb #03e3af43
 def _row_of(folder, file_name):
     "The row of an image."
     rows = {row['file_name']: row for row in read_rows(folder.metadata)}

@@ -6,10 +6,10 @@
 __all__ = ['ATTEMPTS', 'SyntheticSet', 'load_synthetic', 'Run', 'check_run', 'run_suffixes', 'make_or_redraw', 'by_batch',
            'make_missing', 'write_metadata', 'synthesize']
 
-# %% ../../nbs/run/runs.ipynb #32625437
+# %% ../../nbs/run/runs.ipynb #96318bff
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from diffii.method.concepts import (
     named_concepts,
 )
 from ..method.diffusion import ddim_grid
+from ..method.few_step import FewStep, open_few_step
 from ..method.inversion import InversionPool, check_pairs
 from diffii.method.synthesis import (
     Planner,
@@ -97,7 +98,7 @@ def load_synthetic(
         folder=folder.path,
     )
 
-# %% ../../nbs/run/runs.ipynb #4a48bfab
+# %% ../../nbs/run/runs.ipynb #ff311c32
 @dataclass
 class Run:
     "What the stages of a run share."
@@ -108,6 +109,7 @@ class Run:
     settings: Settings
     suffixes: list
     progress: Callable  # called with (stage, done, all)
+    few_step: FewStep | None = None  # few-step weights, where the settings name any
 
     @property
     def method(self) -> Method:
@@ -136,6 +138,7 @@ class Run:
             inversion=asdict(settings.inversion),
             sampling=asdict(settings.sampling),
             **({} if concepts is None else dict(given=concepts.digest())),
+            **({} if self.few_step is None else dict(few_step=self.few_step.digest())),
         )
 
 # %% ../../nbs/run/runs.ipynb #89592b59
@@ -435,6 +438,8 @@ def synthesize(
         suffixes, _ = run_suffixes(settings, images, out, progress)
     run = Run(pipe, images, RunFolder(out), settings, list(suffixes), progress)
     check_run(run, concepts, pool)
+    if settings.sampling.few_step:
+        run.few_step = open_few_step(pipe, settings.sampling.few_step)
     with _taken(run, run.record(concepts)):
         _tidy(run)
         concepts = _concepts(run, concepts)
@@ -444,7 +449,7 @@ def synthesize(
         processes().wait_for_everyone()
         return load_synthetic(out)
 
-
+# %% ../../nbs/run/runs.ipynb #15a7eabc
 def _make_all(run, concepts):
     "Inversions, plan, images, filter, metadata; the concepts are attached."
     pool, settings, ps = _pool(run, concepts), run.settings.sampling, processes()
@@ -454,8 +459,10 @@ def _make_all(run, concepts):
     if ps.is_main_process:
         write_rows(run.folder.plan, plan)
     ps.wait_for_everyone()
+    few_step = run.few_step.attached(run.pipe) if run.few_step else nullcontext()
     try:
-        make_missing(run, concepts, pool, plan)
+        with few_step:
+            make_missing(run, concepts, pool, plan)
         ps.wait_for_everyone()
         if run.method.filtered and ps.is_main_process:
             drop_candidates(run.images, plan, run.folder, settings)
