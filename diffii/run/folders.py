@@ -156,13 +156,13 @@ def _remove(paths, file):
         with contextlib.suppress(OSError):
             path.unlink() if path == file else path.rmdir()
 
-# %% ../../nbs/run/folders.ipynb #ebf6e1d8
+# %% ../../nbs/run/folders.ipynb #1a091a08
 LEAST = dict(index=0, attempt=0, label_weight=0, split_ratio=0, guidance_scale=0)
 LEAST |= dict(steps=1, stride=1)
 MOST = dict(label_weight=1, split_ratio=1, steps=1000)
 N_SOURCES = dict(circle=2, image=1, noise=0)  # images that one starts from
 
-
+# %% ../../nbs/run/folders.ipynb #b4d3c89e
 @dataclass
 class Row:
     "Everything that makes one synthetic image: a line of a plan, or of metadata."
@@ -193,6 +193,9 @@ class Row:
     solver: str
     stride: int
     batch: int  # number of the batch that it was made in
+    few_step: str | None = None  # few-step weights, as they were named
+    calls: int | None = None  # of the U-Net, with few-step weights
+    fresh_noise: float | None = None
 
     def __post_init__(self):
         "Numbers are within bounds. Raises `UserError`."
@@ -225,7 +228,7 @@ STATE = '.diffii'  # folder of the run's state inside the output folder
 RECORD = f'{STATE}/run.json'
 DROPPED = 'restore it, or delete it to have the dropped images back'
 
-# %% ../../nbs/run/folders.ipynb #6748286c
+# %% ../../nbs/run/folders.ipynb #a17fb1cc
 @dataclass(kw_only=True)
 class RunRecord(Head):
     "What decides the images of a run: `run.json`."
@@ -244,6 +247,7 @@ class RunRecord(Head):
     inversion: InversionSettings
     sampling: SamplingSettings
     given: str | None = None  # digest of concepts that were learned elsewhere
+    few_step: str | None = None  # digest of few-step weights
 
     def __post_init__(self):
         ok = self.size >= 8 and self.batch_size >= 1
