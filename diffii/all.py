@@ -44,6 +44,7 @@ from .run.summarisers import parse_suffixes
 from .run.review import load_concepts, remake, status
 from .run.runs import SyntheticSet, load_synthetic, synthesize
 from .evaluation.experiments import benchmark
+from .evaluation.gallery import write_review
 from .evaluation.long_tail import (
     CMO,
     DRW,

@@ -8,7 +8,7 @@ from conftest import clean_environment
 from PIL import Image
 
 CLASSES = {'bird of paradise': 2, 'œillet (red:1.2)': 3, 'lonely': 1}
-QUICK = ('--concept-steps', 2, '--steps', 3, '--expansion', 2)
+QUICK = ('--concept-steps', 2, '--steps', 3, '--expansion', 2, '--no-review')
 MADE = 12  # images: two for each of six
 
 

@@ -102,6 +102,39 @@ def test_a_users_folder_becomes_a_folder_of_synthetic_images(augment, tmp_path):
     assert not [p for p in out.rglob('*') if p.suffix == '.tmp']
 
 
+def test_a_page_to_look_at_the_images_ends_it(augment, tmp_path):
+    out = tmp_path / 'out'
+    answer = augment('--out', out, '--review')
+    assert f'look at them: {out / "review.html"}' in answer.out
+    page = (out / 'review.html').read_text(encoding='utf-8')
+    assert 'LPIPS diversity' in page
+    assert 'not at hand' not in page
+
+
+def test_the_page_is_written_again_when_the_images_have_moved(
+    augment, say, garden, tmp_path
+):
+    out, page = tmp_path / 'out', tmp_path / 'out' / 'review.html'
+    augment('--out', out, '--review')
+    before = page.read_bytes()
+    page.unlink()
+    garden.rename(tmp_path / 'moved')
+    answer = say('review', out)
+    assert (answer.code, answer.out.strip()) == (0, str(page))
+    assert page.read_bytes() == before
+
+
+def test_without_a_page_real_images_are_named_for_a_later_one(
+    augment, say, garden, tmp_path
+):
+    out = tmp_path / 'out'
+    augment('--out', out)
+    assert not (out / 'review.html').exists()
+    garden.rename(tmp_path / 'moved')
+    assert say('review', out, '--images', tmp_path / 'moved').code == 0
+    assert 'not at hand' not in (out / 'review.html').read_text(encoding='utf-8')
+
+
 def test_a_lonely_image_gets_views_and_the_metadata_says_so(augment, tmp_path):
     augment('--out', tmp_path / 'out')
     lonely = [r for r in rows_of(tmp_path / 'out') if r['label'] == 'lonely']
@@ -468,7 +501,7 @@ def test_a_name_in_another_encoding_is_one_line(augment, garden, tmp_path, more)
 
 def test_help_lists_the_commands(say):
     answer = say('--help')
-    for name in ('demo', 'augment', 'remake', 'status', 'benchmark', 'speed'):
+    for name in ('demo', 'augment', 'remake', 'review', 'status', 'benchmark', 'speed'):
         assert name in answer.out
 
 

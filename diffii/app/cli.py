@@ -6,7 +6,7 @@
 __all__ = ['app', 'VersionOption', 'SMALL_MODEL', 'FolderArgument', 'FileArgument', 'ToOption', 'MemoryOption', 'TaskArgument',
            'DatasetOption', 'BenchmarkOut', 'top', 'main', 'augment', 'status', 'remake', 'demo', 'speed', 'benchmark']
 
-# %% ../../nbs/app/cli.ipynb #1bdbc8f5
+# %% ../../nbs/app/cli.ipynb #fe6702da
 import sys
 import warnings
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from .looking import review
 from diffii.app.options import (
     FIRST,
     ConfigOption,
@@ -129,7 +130,7 @@ def _check_augment(settings, given):
     prefix(settings.images.metaclass)
     check_tracker(settings.run.tracker)
 
-# %% ../../nbs/app/cli.ipynb #3cb89a3a
+# %% ../../nbs/app/cli.ipynb #ca2cfe3a
 SMALL_MODEL = (
     'note: the shipped model makes 32-pixel images and has seen only digits and drawn '
     'birds. On photographs it runs through every step, but the results are a rehearsal; '
@@ -140,6 +141,8 @@ SMALL_MODEL = (
 def _augment(settings, given):
     "Read images, choose contexts, load the model, make the synthetic images."
     from diffii.base.pipeline import load_pipeline
+    from diffii.base.processes import processes
+    from diffii.evaluation.gallery import write_review
     from diffii.run.concept_files import open_concepts
     from diffii.run.folders import STATE, holds_run, tentative
     from diffii.run.runs import run_suffixes, synthesize
@@ -165,6 +168,8 @@ def _augment(settings, given):
             pipe, images, run.out, settings, suffixes, concepts, progress=progress
         )
     say(f'{len(made)} synthetic images in {run.out}')
+    if run.review and len(made) and processes().is_main_process:
+        say(f'look at them: {write_review(run.out, images, progress=progress)}')
 
 # %% ../../nbs/app/cli.ipynb #e7bd0747
 def _rehearsal(model, images) -> bool:
@@ -216,7 +221,10 @@ def remake(
     save_png(to, again(load_pipeline(settings), folder, file_name))
     print(to)
 
-# %% ../../nbs/app/cli.ipynb #f64b118e
+# %% ../../nbs/app/cli.ipynb #58a5637b
+app.command()(review)
+
+# %% ../../nbs/app/cli.ipynb #54b5309c
 def _demo_kinds():
     "The functions behind `demo` and `speed`, whose parameters are the options."
     from diffii.evaluation.speed import speed_table
@@ -242,7 +250,8 @@ def demo(given: dict):
     print(result['verdict'])
     out = given['demo'].get('out', 'diffii-demo')
     print(
-        f'{result["seconds"]["all"]:.0f} s; see {out}/report.html and {out}/synthetic-0'
+        f'{result["seconds"]["all"]:.0f} s; see {out}/report.html and '
+        f'{out}/synthetic-0/review.html'
     )
 
 

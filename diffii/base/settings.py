@@ -452,7 +452,7 @@ class ContextSettings(Group):
     # environment), or a chat model
     summariser: str = setting('cluster')
 
-# %% ../../nbs/base/settings.ipynb #cdbb6b2d
+# %% ../../nbs/base/settings.ipynb #16be5e44
 @dataclass
 class RunSettings(Group):
     "One run: where it writes, and what it goes on from."
@@ -468,6 +468,8 @@ class RunSettings(Group):
     # steps between the sample pictures that a tracker gets; 0 for none
     sample_every: int = setting(500, least=0)
     log: str | None = setting(None)  # a file that gets the progress as lines of JSON
+    # write review.html at the end, a page to look through the images
+    review: bool = setting(True)
 
 # %% ../../nbs/base/settings.ipynb #ea09d92b
 @dataclass

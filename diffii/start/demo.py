@@ -127,7 +127,7 @@ def verdict(
     interval = f'95 % interval +- {gain.ci95:.1f}'
     return f'{text} ({interval}; higher in {higher} of {len(pairs)} trials): {word}.'
 
-# %% ../../nbs/start/demo.ipynb #7a22ff20
+# %% ../../nbs/start/demo.ipynb #3be6db8c
 def demo(
     out: str = 'diffii-demo',  # output folder: new, empty, or of the same demo
     data: str = 'digits',  # digits or aviary
@@ -142,6 +142,7 @@ def demo(
     from diffii.base.images import few_shot
     from diffii.base.pipeline import load_pipeline
     from diffii.data.sets import shipped_set
+    from diffii.evaluation.gallery import write_review
 
     out, progress, began = Path(out), progress or Progress(), time.time()
     require(trials >= 1, f'--trials {trials}: give a number of 1 or more')
@@ -156,6 +157,7 @@ def demo(
         progress.heading = f'{t + 1} of {trials}: '
         place = out / f'synthetic-{t}'
         done += [run_trial(pipe, images, real, place, seed + t, quick, progress)]
+        write_review(place, real, progress=progress)
 
     results = {**about, **summary(images, done)}
     results['seconds'] = {**progress.seconds, 'all': time.time() - began}
