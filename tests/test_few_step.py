@@ -10,6 +10,7 @@ from diffii.base.files import UserError, save_tensors
 from diffii.base.pipeline import model_digest
 from diffii.base.seeds import generator
 from diffii.base.settings import SamplingSettings, Settings
+from diffii.evaluation.tasks import few_step
 from diffii.method.concepts import LORA_TARGETS, Concepts, ConceptSettings, lora_config
 from diffii.method.denoising import two_stage_denoise, visited_steps
 from diffii.method.diffusion import ddim_grid, ddim_step
@@ -340,3 +341,13 @@ def test_rows_of_earlier_versions_have_no_few_steps(made):
     assert settings_of(row) == replace(
         settings_of(made.rows[0]), few_step=None, calls=None, fresh_noise=None
     )
+
+
+# experiments
+
+
+def test_an_experiment_compares_numbers_of_calls():
+    found = few_step(calls=(4.0, 8.0))
+
+    assert [c.name for c in found[2:]] == ['few-step, 4 calls', 'few-step, 8 calls']
+    assert [SamplingSettings(**c.sampling).calls for c in found[1:]] == [None, 4, 8]

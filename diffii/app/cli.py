@@ -269,10 +269,10 @@ def speed(given: dict, memory: Annotated[bool, MemoryOption] = True):
         model = given['speed'].get('model', 'tiny')
         print(growth_table(model).round(1).to_string(index=False))
 
-# %% ../../nbs/app/cli.ipynb #d58e1134
+# %% ../../nbs/app/cli.ipynb #051d73eb
 TaskArgument = typer.Argument(
-    help='few-shot, long-tail, ood, ablation, split, expansion, guidance, forward, fast or '
-    'strength.'
+    help='few-shot, long-tail, ood, ablation, split, expansion, guidance, forward, fast, '
+    'few-step or strength.'
 )
 DatasetOption = typer.Option(
     help="digits, aviary, one of the paper's data sets, as cub (with --root), or a folder "

@@ -601,7 +601,7 @@ class DataSettings(Group):
     # use the images that settings are chosen on, of digits or aviary
     tuning: bool = setting(False)
 
-# %% ../../nbs/base/settings.ipynb #87a7e77a
+# %% ../../nbs/base/settings.ipynb #ceb25da4
 @dataclass
 class TrialSettings(Group):
     "What is compared, and how often."
@@ -612,7 +612,7 @@ class TrialSettings(Group):
     imbalance: tuple[float, ...] = setting((), least=1)
     # methods, as original,diff-mix,diff-ii; by default those of the paper
     methods: tuple[str, ...] = setting((), first=True)
-    # of sweeps: the values, as 0,0.3,1
+    # of sweeps: the values, as 0,0.3,1; of few-step: the calls
     values: tuple[float, ...] = setting(())
     trials: int = setting(3, least=1, first=True)  # repetitions of everything
     seed: int = setting(0, first=True)  # seed of the first trial; the next has the next

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['ADAPTER', 'LAYERS', 'Distillation', 'Lessons', 'encode_lessons', 'student_lora', 'teacher', 'Points', 'draw_points',
-           'levels', 'teacher_step', 'ends', 'huber_loss', 'consistency_loss', 'distil', 'train_few_step']
+           'levels', 'teacher_step', 'ends', 'huber_loss', 'consistency_loss', 'teacher_trajectories',
+           'kept_trajectories', 'ends_loss', 'distil', 'train_few_step']
 
-# %% ../../nbs/data/few_step_model.ipynb #27cbd6b1
+# %% ../../nbs/data/few_step_model.ipynb #053aefd7
 from ..base.consistency import consistency
+from ..base.files import load_tensors, save_tensors
 from ..base.pipeline import Conditioning, Pipeline, load_pipeline
 from diffii.data.tiny_model import (
     Pictures,
@@ -18,13 +20,14 @@ from diffii.data.tiny_model import (
 )
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
-# %% ../../nbs/data/few_step_model.ipynb #645d35ab
+# %% ../../nbs/data/few_step_model.ipynb #d6621f25
 @dataclass
 class Distillation:
     "Settings of the distillation: everything that decides its outcome."
@@ -35,13 +38,22 @@ class Distillation:
     # timesteps that the teacher goes in one step: those of 25 steps of sampling
     skip: int = 40
     huber: float = 1e-3  # where the loss turns from squared to absolute
+    shards: int = 12  # files of whole trajectories, of `shard` each
+    shard: int = 256
+    # first leg: ends of whole trajectories
+    ends: Stage = field(
+        default_factory=lambda: Stage(
+            1600, 1e-3, batch_size=32, seed=7, save_every=50, digits=0.35
+        )
+    )
+    # second leg: neighbouring points
     stage: Stage = field(
         default_factory=lambda: Stage(
-            3000, 1e-3, batch_size=32, seed=7, save_every=50, digits=0.35
+            3000, 3e-4, batch_size=32, seed=8, save_every=50, digits=0.35
         )
     )
 
-# %% ../../nbs/data/few_step_model.ipynb #a1fd0215
+# %% ../../nbs/data/few_step_model.ipynb #27fbaeb8
 @dataclass
 class Lessons:
     "Training images as latents, captions as token numbers."
@@ -139,7 +151,7 @@ def teacher_step(
     x0 = (points.x - (1 - a) ** 0.5 * eps) / a**0.5
     return Points(b**0.5 * x0 + (1 - b) ** 0.5 * eps, before, points.cond)
 
-# %% ../../nbs/data/few_step_model.ipynb #31d384f3
+# %% ../../nbs/data/few_step_model.ipynb #60f98829
 def ends(pipe: Pipeline, points: Points) -> torch.Tensor:  # (n, c, h, w) clean latents
     "Where the U-Net says that the trajectories through the points end."
     eps = pipe.predict_eps(points.x, points.t, points.cond)
@@ -170,26 +182,93 @@ def consistency_loss(
 
     return loss
 
-# %% ../../nbs/data/few_step_model.ipynb #cf409cd8
+# %% ../../nbs/data/few_step_model.ipynb #89e39fd4
+@torch.no_grad()
+def teacher_trajectories(
+    pipe: Pipeline,
+    lessons: Lessons,
+    settings: Distillation,
+    number: int,  # of the file
+) -> dict:  # tensors by name
+    "Guided trajectories from pure noise, each under a caption; every point is kept."
+    rng, n = np.random.default_rng([settings.ends.seed, number]), settings.shard
+    stage = replace(settings.ends, batch_size=n)
+    chosen = torch.from_numpy(batch_indices(rng, lessons.is_bird, stage))
+    ids = lessons.ids[
+        chosen, torch.from_numpy(rng.integers(0, lessons.ids.shape[1], n))
+    ]
+    gen = torch.Generator().manual_seed(settings.ends.seed * 10**6 + number)
+    low, high = settings.guidance
+    scale = low + (high - low) * torch.rand((n, 1, 1, 1), generator=gen)
+    cond, negative = pipe.encode_ids([ids]), pipe.encode_prompts([''])[[0] * n]
+    last = 1 + settings.skip * (1000 // settings.skip - 1)
+    x = torch.randn((n, *pipe.latent_shape), generator=gen)
+    points, film = Points(x, torch.full((n,), last), cond), []
+    for _ in range(1000 // settings.skip):
+        film.append(points.x.half())
+        points = teacher_step(pipe, points, negative, scale, settings.skip)
+    return dict(film=torch.stack(film), ends=points.x.half(), ids=ids)
+
+# %% ../../nbs/data/few_step_model.ipynb #1b467a8e
+def kept_trajectories(pipe: Pipeline, lessons: Lessons, settings: Distillation, work):
+    "All files of trajectories, made where they are missing; their tensors, joined."
+    found = []
+    for number in range(settings.shards):
+        file = Path(work) / f'trajectories-{number:02}.safetensors'
+        if not file.is_file():
+            tensors = teacher_trajectories(pipe, lessons, settings, number)
+            save_tensors(file, tensors)
+        found.append(load_tensors(file)[0])
+    dims = dict(film=1, ends=0, ids=0)
+    return {k: torch.cat([one[k] for one in found], dim) for k, dim in dims.items()}
+
+# %% ../../nbs/data/few_step_model.ipynb #574bb891
+def ends_loss(
+    pipe: Pipeline, kept: dict, settings: Distillation
+):  # -> function of (numpy generator, torch generator)
+    "From any point of a trajectory, the end is where the teacher came to."
+    levels_, count = kept['film'].shape[:2]
+
+    def loss(rng, gen):
+        n = settings.ends.batch_size
+        which = torch.from_numpy(rng.integers(0, count, n))
+        level = torch.from_numpy(rng.integers(0, levels_, n))
+        t = 1 + settings.skip * (levels_ - 1 - level)
+        with torch.no_grad():
+            cond = pipe.encode_ids([kept['ids'][which]])
+        points = Points(kept['film'][level, which].float(), t, cond)
+        return huber_loss(
+            ends(pipe, points), kept['ends'][which].float(), settings.huber
+        )
+
+    return loss
+
+# %% ../../nbs/data/few_step_model.ipynb #fdd3ccbe
 def distil(
     pipe: Pipeline,  # the teacher; gets the LoRA
     lessons: Lessons,
-    work,  # folder of the checkpoint
+    work,  # folder of checkpoints and trajectories
     settings: Distillation | None = None,  # by default those of the shipped LoRA
-):  # yields (step, loss, seconds)
+):  # yields (leg, step, loss, seconds)
     "Train the LoRA, going on from whatever `work` holds; its average stays on the U-Net."
     settings = settings or Distillation()
     params = student_lora(pipe, settings.rank)
-    loss_fn = consistency_loss(pipe, lessons, settings)
     modules = dict(lora=nn.ParameterList(params))
-    yield from train_stage('few_step', modules, loss_fn, settings.stage, work)
+    kept = kept_trajectories(pipe, lessons, settings, work)
+    legs = {
+        'ends': (ends_loss(pipe, kept, settings), settings.ends),
+        'consistency': (consistency_loss(pipe, lessons, settings), settings.stage),
+    }
+    for leg, (loss_fn, stage) in legs.items():
+        for progress in train_stage(leg, modules, loss_fn, stage, work):
+            yield leg, *progress
 
-# %% ../../nbs/data/few_step_model.ipynb #3e8778e0
+# %% ../../nbs/data/few_step_model.ipynb #79df4f26
 def train_few_step(
-    work,  # folder of the checkpoint
+    work,  # folder of checkpoints and trajectories
     settings: Distillation | None = None,  # by default those of the shipped LoRA
     pictures: Pictures | None = None,  # by default half of `base_pictures()`
-    each=None,  # called after every step with (step, loss, seconds)
+    each=None,  # called after every step with (leg, step, loss, seconds)
 ) -> Pipeline:  # the shipped model with the averaged LoRA on its U-Net
     "Distil the shipped model, going on from whatever `work` holds."
     pipe = load_pipeline('tiny', device='cpu')

@@ -164,7 +164,7 @@ def exact_settings(**given) -> Settings:
     sampling = dict(guidance_scale=7.5, split_ratio=0.3) | given
     return Settings.of(inversion=plain, sampling=sampling)
 
-# %% ../../nbs/evaluation/speed.ipynb #823ddfe9
+# %% ../../nbs/evaluation/speed.ipynb #7aafc4cd
 def speed_table(
     model: str = 'tiny',  # hub id or folder of a model, or tiny for the one that ships
     categories: int = 5,  # categories of the job
@@ -172,6 +172,7 @@ def speed_table(
     expansion: int = 5,  # synthetic images for each
     repeats: int = 3,  # the median of so many is shown
     compile: bool = False,  # also with the U-Net compiled by torch.compile
+    few_step: str = '',  # also with few-step weights, as own, in 8, 6 and 4 calls
 ):  # -> pandas table
     """Images per second of inversion and of sampling by both procedures, in turns. A first
     repeat, which warms up, is left out."""
@@ -188,6 +189,9 @@ def speed_table(
     if compile:
         compiled = partial(together, model, *job_, exact, compile=True)
         procedures['together, compiled'] = compiled
+    for calls in (8, 6, 4) if few_step else ():
+        few = exact_settings(expansion=expansion, few_step=few_step, calls=calls)
+        procedures[f'few-step, {calls} calls'] = partial(together, model, *job_, few)
     runs = {name: [] for name in procedures}
     for repeat in range(repeats + 1):
         for name, procedure in procedures.items():

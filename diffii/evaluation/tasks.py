@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FEW_SHOT', 'LONG_TAILED', 'SWEEPS', 'WHOLE', 'PLAIN', 'PAPER_SPLIT', 'TASKS', 'OPTIONS', 'SHIPPED', 'Configuration',
-           'configuration', 'sweep', 'ablation', 'fast', 'Condition', 'paper_split', 'published_contexts',
+           'configuration', 'sweep', 'ablation', 'fast', 'few_step', 'Condition', 'paper_split', 'published_contexts',
            'few_shot_condition', 'long_tail_condition', 'shifted_condition', 'conditions', 'configurations',
            'open_data_set', 'folder_data', 'paper_data']
 
@@ -91,7 +91,7 @@ def sweep(task: str, values: tuple = ()) -> list:
         found.append(Configuration(f'{name}={value:g}', **given))
     return found
 
-# %% ../../nbs/evaluation/tasks.ipynb #50d4f44b
+# %% ../../nbs/evaluation/tasks.ipynb #d6a3aed2
 WHOLE = 'circle yes, two-stage yes'
 PLAIN = dict(forward_steps=0, fixed_point_iters=0, per_image=1)
 
@@ -122,6 +122,18 @@ def fast() -> list:
     }
     found = [Configuration(n, dict(method='diff-ii', **p)) for n, p in parts.items()]
     return [Configuration('original'), *found]
+
+
+def few_step(calls: tuple = ()) -> list:
+    "Diff-II as it is, and with the model's own few-step weights in so many calls."
+    found = [
+        Configuration('original'),
+        Configuration('diff-ii', dict(method='diff-ii')),
+    ]
+    for n in map(int, calls or (4, 6, 8)):
+        sampling = dict(method='diff-ii', few_step='own', calls=n)
+        found.append(Configuration(f'few-step, {n} calls', sampling))
+    return found
 
 # %% ../../nbs/evaluation/tasks.ipynb #0c6559db
 @dataclass
@@ -213,14 +225,15 @@ def shifted_condition(data: DataSet, shots: int, configurations: list, seed: int
         suffixes=published_contexts(data, shots=shots),
     )
 
-# %% ../../nbs/evaluation/tasks.ipynb #72560c0c
-TASKS = ('few-shot', 'long-tail', 'ood', 'ablation', 'strength', 'fast', *SWEEPS)
+# %% ../../nbs/evaluation/tasks.ipynb #fd598578
+TASKS = 'few-shot', 'long-tail', 'ood', 'ablation', 'strength', 'fast', 'few-step'
+TASKS += tuple(SWEEPS)
 # option: the tasks that it belongs to
 OPTIONS = dict(
     shots=[task for task in TASKS if task != 'long-tail'],
     imbalance=['long-tail'],
     methods=['few-shot', 'ood', 'long-tail'],
-    values=[*SWEEPS],
+    values=['few-step', *SWEEPS],
 )
 
 
@@ -249,6 +262,8 @@ def configurations(task: str, trials: TrialSettings) -> list:
         return ablation()
     if task == 'fast':
         return fast()
+    if task == 'few-step':
+        return few_step(trials.values)
     usual = LONG_TAILED if task == 'long-tail' else FEW_SHOT
     return [configuration(name) for name in trials.methods or usual]
 
