@@ -15,6 +15,7 @@ from .base.settings import (
     ImageSettings,
     InversionSettings,
     ModelSettings,
+    PushSettings,
     RunSettings,
     SamplingSettings,
     Settings,
@@ -42,6 +43,7 @@ from .run.concept_files import export_concepts, import_concepts, open_concepts
 from .run.pools import build_pool, load_pool, save_pool
 from .run.summarisers import parse_suffixes
 from .run.review import load_concepts, remake, status
+from .run.sharing import push
 from .run.runs import SyntheticSet, load_synthetic, synthesize
 from .evaluation.experiments import benchmark
 from .evaluation.gallery import write_review

@@ -26,6 +26,7 @@ from diffii.app.options import (
     takes,
     voice,
 )
+from .sharing import push
 from diffii.base.settings import (
     BenchmarkSettings,
     ModelSettings,
@@ -311,3 +312,6 @@ def benchmark(
     for line in summary_lines(out):
         say(line)
     say(f'see {out}')
+
+# %% ../../nbs/app/cli.ipynb #4fb26fc1
+app.command()(push)

@@ -6,8 +6,8 @@
 __all__ = ['WORDS', 'LR_SCHEDULES', 'SOLVERS', 'INTERPOLATIONS', 'FAST', 'setting', 'Spec', 'specs', 'read_value', 'Group',
            'recommended', 'settings_for', 'model_notes', 'ImageSettings', 'ModelSettings', 'ConceptSettings',
            'InversionSettings', 'SamplingSettings', 'ContextSettings', 'RunSettings', 'Settings', 'group_kinds',
-           'checked_groups', 'checked', 'ClassifierSettings', 'DataSettings', 'TrialSettings', 'BenchmarkSettings',
-           'read_config', 'config_text']
+           'checked_groups', 'checked', 'ClassifierSettings', 'PushSettings', 'DataSettings', 'TrialSettings',
+           'BenchmarkSettings', 'read_config', 'config_text']
 
 # %% ../../nbs/base/settings.ipynb #bd96ba8b
 import inspect
@@ -580,6 +580,19 @@ class ClassifierSettings(Group):
     cache_gb: float = setting(2.0, least=0)
     # processes that read images which do not fit into that memory
     n_workers: int = setting(0, least=0)
+
+# %% ../../nbs/base/settings.ipynb #c97d465a
+@dataclass
+class PushSettings(Group):
+    "What is pushed to the Hugging Face hub, and who may see it."
+
+    # push the learned concepts of the run, not its images
+    concepts: bool = setting(False)
+    # push the run's state too, concepts, inversions and plan, so that others can go on
+    # with it; it names the training images and places on this machine
+    state: bool = setting(False)
+    # only you see a new repository
+    private: bool = setting(True)
 
 # %% ../../nbs/base/settings.ipynb #8044afb4
 @dataclass
