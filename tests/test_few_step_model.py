@@ -1,0 +1,137 @@
+"The few-step model: its lessons, its losses, and a training that goes on."
+
+from itertools import islice
+
+import pytest
+
+from diffii.base.files import load_tensors
+from diffii.base.pipeline import load_pipeline
+from diffii.data.few_step_model import (
+    Distillation,
+    Points,
+    distil,
+    encode_lessons,
+    huber_loss,
+    kept_trajectories,
+    student_lora,
+    teacher,
+    teacher_step,
+)
+from diffii.data.tiny_model import Stage, base_pictures
+from diffii.method.diffusion import ddim_grid, ddim_step
+
+import torch
+
+LEG = dict(steps=3, lr=1e-2, batch_size=2, save_every=1, digits=0.5)
+SHORT = Distillation(
+    rank=2, shards=1, shard=2, ends=Stage(**LEG), stage=Stage(**LEG, seed=1)
+)
+
+
+@pytest.fixture
+def pipe():
+    "The shipped model, for one test alone."
+    return load_pipeline('tiny', device='cpu')
+
+
+@pytest.fixture(scope='module')
+def lessons():
+    return encode_lessons(load_pipeline('tiny', device='cpu'), base_pictures(6, 6, 2))
+
+
+@pytest.fixture(scope='module')
+def work(lessons, tmp_path_factory):
+    "A folder in which a short training came to its end."
+    folder = tmp_path_factory.mktemp('work')
+    pipe = load_pipeline('tiny', device='cpu')
+    list(distil(pipe, lessons, folder, SHORT))
+    return folder
+
+
+def lora_of(pipe):
+    "The weights of the LoRA."
+    return [p.detach().clone() for k, p in pipe.unet.named_parameters() if 'lora_' in k]
+
+
+@pytest.mark.parametrize('gap, loss', [(1e-5, 5e-8), (1.0, 0.999)])
+def test_the_loss_is_squared_near_zero_and_absolute_above(gap, loss):
+    a = torch.zeros(10, dtype=torch.float64)
+
+    assert huber_loss(a, a + gap, 1e-3).item() == pytest.approx(loss, rel=1e-2)
+
+
+def test_lessons_are_latents_and_captions(lessons):
+    assert lessons.latents.shape == (12, 4, 8, 8)
+    assert lessons.ids.shape == (12, 2, 40)
+
+
+def test_a_lora_at_its_start_changes_nothing(pipe):
+    cond, x = pipe.encode_prompts(['a photo of a bird']), torch.ones(1, 4, 8, 8)
+    before = pipe.predict_eps(x, 500, cond)
+
+    student_lora(pipe, 2)
+
+    assert torch.equal(pipe.predict_eps(x, 500, cond), before)
+
+
+def test_the_teacher_is_without_the_lora(pipe):
+    cond, x = pipe.encode_prompts(['a photo of a bird']), torch.ones(1, 4, 8, 8)
+    with torch.inference_mode():
+        before = pipe.predict_eps(x, 500, cond)
+        for p in student_lora(pipe, 2):
+            p.data += 0.1
+
+        with teacher(pipe):
+            inside = pipe.predict_eps(x, 500, cond)
+
+        assert torch.equal(inside, before)
+        assert not torch.equal(pipe.predict_eps(x, 500, cond), before)
+
+
+def test_the_teacher_steps_along_the_grid_of_sampling(pipe):
+    cond, negative = (pipe.encode_prompts([p] * 2) for p in ('a photo of a bird', ''))
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    student_lora(pipe, 2)
+    grid, scale = ddim_grid(pipe, 25), torch.full((2, 1, 1, 1), 2.0)
+
+    points = Points(x, torch.full((2,), 961), cond)
+    for _ in range(25):
+        points = teacher_step(pipe, points, negative, scale, 40)
+
+    with torch.inference_mode():
+        for t, here, there in zip(grid.timesteps, grid.abar, grid.abar[1:]):
+            x = ddim_step(
+                x, pipe.predict_guided(x, t, cond, negative, 2.0), here, there
+            )
+    assert points.t.tolist() == [0, 0]
+    torch.testing.assert_close(points.x, x, atol=1e-3, rtol=1e-3)
+
+
+def test_trajectories_are_kept_and_not_made_again(pipe, lessons, work, monkeypatch):
+    monkeypatch.setattr('diffii.data.few_step_model.teacher_trajectories', None)
+
+    kept = kept_trajectories(pipe, lessons, SHORT, work)
+
+    assert kept['film'].shape == (25, 2, 4, 8, 8)
+    assert kept['ends'].shape == (2, 4, 8, 8)
+
+
+def test_a_training_that_was_stopped_goes_on_to_the_same_weights(
+    pipe, lessons, work, tmp_path
+):
+    list(islice(distil(pipe, lessons, tmp_path, SHORT), 4))  # in the second leg
+
+    fresh = load_pipeline('tiny', device='cpu')
+    steps = [step for _, step, *_ in distil(fresh, lessons, tmp_path, SHORT)]
+
+    done = load_pipeline('tiny', device='cpu')
+    assert not list(distil(done, lessons, work, SHORT))
+    assert steps == [2, 3]
+    for a, b in zip(lora_of(fresh), lora_of(done), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_a_checkpoint_says_how_far_it_is(work):
+    for leg in ('ends', 'consistency'):
+        _, about = load_tensors(work / f'{leg}.safetensors')
+        assert about['step'] == len(about['log']) == 3
