@@ -150,7 +150,7 @@ def _push_concepts(folder, repo, settings):
     learned = Concepts.load(folder.concepts)
     return learned.push_to_hub(repo, about['model'], settings.private)
 
-# %% ../../nbs/run/sharing.ipynb #94a048d0
+# %% ../../nbs/run/sharing.ipynb #1cfbf490
 CONCEPT_CARD = """# {name}
 
 Learned concepts of {k} categories ({metaclass}): {n} tokens for each category{lora}.
@@ -176,7 +176,7 @@ The concepts have the licence of the model and of the images that they were lear
 from: fill in `license` above.
 """
 
-
+# %% ../../nbs/run/sharing.ipynb #ef878464
 def concept_card(
     concepts: Concepts,
     repo: str,
