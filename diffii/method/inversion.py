@@ -85,9 +85,7 @@ def _check_inputs(settings, noise, negative):
 # %% ../../nbs/method/inversion.ipynb #99cf6be4
 def latent_stats(
     z: torch.Tensor,  # (n, c, h, w) latents
-) -> (
-    dict
-):  # of (n,) tensors: norm (over sqrt d), std, kurtosis, neighbour (correlation)
+) -> dict:  # norm (over sqrt d), std, kurtosis, neighbour (correlation): (n,) tensors
     "What tells an initial noise from a Gaussian one."
     z = z.float()
     flat = z.flatten(1)
