@@ -73,9 +73,8 @@ def main():
         sys.argv.append('--help')
     again = 'the same command goes on from here'
     try:
-        if (
-            app(prog_name='diffii', standalone_mode=False) == 130
-        ):  # typer's word for Ctrl-C
+        status = app(prog_name='diffii', standalone_mode=False)
+        if status == 130:  # typer's number for Ctrl-C
             raise KeyboardInterrupt
     except (KeyboardInterrupt, typer.Abort):
         _stop(130, f'stopped; {again}')

@@ -9,23 +9,11 @@ __all__ = ['MAX_TOKENS', 'ENDS', 'bend', 'Pictures', 'base_pictures', 'tiny_toke
            'save_tiny']
 
 # %% ../../nbs/data/tiny_model.ipynb #fd7f5a69
-from diffii.base.files import (
-    load_optimizer_tensors,
-    load_tensors,
-    optimizer_tensors,
-    read_json,
-    save_tensors,
-    write_json,
-)
+from ..base.files import load_optimizer_tensors, load_tensors, optimizer_tensors
+from ..base.files import read_json, save_tensors, write_json
 from .aviary import BASE, CONTEXTS, bird_caption, draw_birds
-from diffii.data.digits import (
-    digit_caption,
-    digit_image,
-    digit_suffixes,
-    digit_words,
-    grey_of,
-    load_halves,
-)
+from .digits import digit_caption, digit_image, digit_suffixes, digit_words
+from .digits import grey_of, load_halves
 
 import copy
 import json

@@ -16,13 +16,8 @@ from pathlib import Path
 from ..base.files import folder_name, read_json, require, save_png, write_json
 from ..base.pictures import grid
 from ..base.seeds import seed_of
-from diffii.base.settings import (
-    BenchmarkSettings,
-    ClassifierSettings,
-    ConceptSettings,
-    Settings,
-    model_notes,
-)
+from ..base.settings import BenchmarkSettings, ClassifierSettings, ConceptSettings
+from ..base.settings import Settings, model_notes
 from ..data.sets import DataSet
 from .tables import write_tables
 from .tasks import SHIPPED, Condition, Configuration

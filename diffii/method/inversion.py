@@ -280,8 +280,8 @@ def invert_images(
     pipe: Pipeline,
     images: ImageSet,
     concepts: Concepts,  # attached to `pipe` by the caller
-    settings: InversionSettings
-    | None = None,  # by default the model's, then the paper's
+    # by default the model's, then the paper's
+    settings: InversionSettings | None = None,
     progress=None,  # called with (done, all) images
 ) -> InversionPool:
     "Invert every image under its category's plain prompt, in memory."

@@ -12,14 +12,8 @@ from pathlib import Path
 from ..base.files import read_json, require, write_json
 from ..base.processes import first_makes
 from ..data import aviary, digits
-from diffii.method.suffixes import (
-    ClusterSummariser,
-    MeasuringCaptioner,
-    make_suffixes,
-    published,
-    published_suffixes,
-    read_suffixes,
-)
+from ..method.suffixes import ClusterSummariser, MeasuringCaptioner, make_suffixes
+from ..method.suffixes import published, published_suffixes, read_suffixes
 from .captioners import ModelCaptioner
 from .endpoints import EndpointSummariser
 from .summarisers import ChatSummariser
@@ -75,6 +69,7 @@ def known_suffixes(
     return read_suffixes(suffixes), f'published: {", ".join(names)}'
 
 # %% ../../nbs/run/contexts.ipynb #6d0e9c00
+# contexts that fit any photograph
 GENERAL = (
     'outdoors.',
     'indoors.',
@@ -84,7 +79,7 @@ GENERAL = (
     'with a blurred background.',
     'in bright light.',
     'in dim light.',
-)  # contexts that fit any photograph
+)
 
 # %% ../../nbs/run/contexts.ipynb #d7e869bd
 def choose_suffixes(

@@ -15,14 +15,8 @@ from ..base.pipeline import Pipeline
 from ..base.processes import processes
 from ..base.settings import InversionSettings
 from ..method.concepts import Concepts
-from diffii.method.inversion import (
-    InversionPool,
-    check_pairs,
-    images_to_invert,
-    in_groups,
-    invert_groups,
-    latent_stats,
-)
+from ..method.inversion import InversionPool, check_pairs, images_to_invert
+from ..method.inversion import in_groups, invert_groups, latent_stats
 
 # %% ../../nbs/run/pools.ipynb #1430ea56
 def _file(folder, category):
@@ -94,8 +88,8 @@ def build_pool(
     images: ImageSet,
     concepts: Concepts,  # attached to `pipe` by the caller
     folder,  # where the files go; what is there is read, not made again
-    settings: InversionSettings
-    | None = None,  # by default the model's, then the paper's
+    # by default the model's, then the paper's
+    settings: InversionSettings | None = None,
     progress=None,  # called with (done, all) images
 ) -> InversionPool:
     "Invert every image, as `invert_images` does, and keep the inversions in a folder."
