@@ -34,6 +34,21 @@ def test_the_table_of_a_finished_experiment_follows_from_its_cells(folder):
     assert summary_lines(folder)
 
 
+def test_measures_of_older_results_have_the_names_of_today():
+    folder = RESULTS / 'few-shot-digits'
+    kept = [line['faithfulness'] for line in read_json(folder / 'table.json')]
+
+    record, cells, table = finished(folder)
+
+    assert not {'faithfulness', 'judge'} & {*table, *cells[-1]}
+    assert table.class_consistency.dropna().tolist() == pytest.approx(
+        [value for value in kept if value is not None]
+    )
+    assert any(
+        'an oracle classifier trained on' in line for line in notes(cells, record)
+    )
+
+
 def test_results_of_version_0_1_are_shown_but_not_gone_on_with(tmp_path):
     old = RESULTS / 'few-shot-digits' / 'experiment.json'
     out = tmp_path / 'x'
@@ -158,11 +173,11 @@ def test_the_clip_score_and_the_oracle_go_together(tmp_path, small_clip):
     trials = SHORT | dict(trials=2, methods='original,random-noise', clip=small_clip)
     settings = BenchmarkSettings.of(trials=trials, data=dict(flip=False))
     table = benchmark('few-shot', 'aviary', tmp_path / 'x', settings)
-    measured = {'clip', 'faithfulness', 'precision'}
+    measured = {'clip', 'class_consistency', 'precision'}
     assert measured | {f'{name} sd' for name in measured} <= set(table)
     cell = read_cells(tmp_path / 'x')[-1]
     assert cell['clip_model'] == small_clip
-    assert cell['judge']['images'] == 20
+    assert cell['oracle']['images'] == 20
     assert read_json(tmp_path / 'x' / 'experiment.json')['data']['flip'] is False
 
 

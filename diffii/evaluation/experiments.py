@@ -199,7 +199,7 @@ def make_synthetic(e: Experiment, condition, configuration, trial, train):
 
 # %% ../../nbs/evaluation/experiments.ipynb #a0a4abc1
 def oracle(e: Experiment, classes: tuple):
-    "The classifier that judges images of these categories; None without images for it."
+    "The classifier that names the category of an image; None without images for it."
     from diffii.method.classifier import train_classifier
 
     if e.data.plenty is None:
@@ -221,22 +221,26 @@ def measure(e: Experiment, made, test) -> dict:
     if e.settings.trials.clip:
         clip = check_clip(e.settings.trials.clip)
         found |= dict(clip=_clip_score(made, clip, e.device), clip_model=':'.join(clip))
-    judge = oracle(e, tuple(made.classes))
-    if judge is None:
+    classifier = oracle(e, tuple(made.classes))
+    if classifier is None:
         return found
-    accuracy = 100 * evaluate(judge, test).accuracy
-    about = dict(images=judge.n_train / len(made.classes), accuracy=accuracy)
-    share = 100 * class_consistency(judge, made)[0]
-    return found | dict(faithfulness=share, judge=about) | distances(judge, made, test)
+    accuracy = 100 * evaluate(classifier, test).accuracy
+    about = dict(images=classifier.n_train / len(made.classes), accuracy=accuracy)
+    share = 100 * class_consistency(classifier, made)[0]
+    return (
+        found
+        | dict(class_consistency=share, oracle=about)
+        | distances(classifier, made, test)
+    )
 
 
-def distances(judge, made, test, k: int = 5) -> dict:
+def distances(classifier, made, test, k: int = 5) -> dict:
     "How the synthetic images lie to the test images, in the oracle's features."
     from diffii.evaluation.metrics import features, fid, precision_recall
 
     if min(len(made), len(test)) <= k:
         return {}
-    real, synthetic = features(judge, test), features(judge, made)
+    real, synthetic = features(classifier, test), features(classifier, made)
     found = {n: 100 * v for n, v in precision_recall(real, synthetic, k).items()}
     if find_spec('torchmetrics'):
         found['frechet'] = fid(real, synthetic)
