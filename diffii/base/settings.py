@@ -452,7 +452,7 @@ class ContextSettings(Group):
     # environment), or a chat model
     summariser: str = setting('cluster')
 
-# %% ../../nbs/base/settings.ipynb #16be5e44
+# %% ../../nbs/base/settings.ipynb #ba5177e0
 @dataclass
 class RunSettings(Group):
     "One run: where it writes, and what it goes on from."
@@ -470,6 +470,8 @@ class RunSettings(Group):
     log: str | None = setting(None)  # a file that gets the progress as lines of JSON
     # write review.html at the end, a page to look through the images
     review: bool = setting(True)
+    # compare the SHA-256 of every image that is there, not its size alone
+    verify: bool = setting(False)
 
 # %% ../../nbs/base/settings.ipynb #ea09d92b
 @dataclass

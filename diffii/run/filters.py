@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['distances', 'nearest', 'drop_candidates']
 
-# %% ../../nbs/run/filters.ipynb #46c7e383
+# %% ../../nbs/run/filters.ipynb #c08527e5
 from ..base.backbones import square
 from ..base.features import lpips_features, lpips_model
-from ..base.files import read_json, write_json
 from ..base.images import ImageSet
+from ..base.records import inside, read_record
 from ..base.settings import SamplingSettings
-from .folders import RunFolder
+from .folders import DROPPED, RunFolder
 
+import json
 from functools import partial
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ def nearest(
     far = distances(real, candidates, net, batch_size)
     return sorted(far.argsort(stable=True)[:keep].tolist())
 
-# %% ../../nbs/run/filters.ipynb #cbdf0f2f
+# %% ../../nbs/run/filters.ipynb #70e947d7
 def drop_candidates(
     images: ImageSet,  # the real images
     plan: list,  # rows of all candidates
@@ -65,14 +66,15 @@ def drop_candidates(
     settings: SamplingSettings,
 ):
     "Of each category's candidates keep the nearest to its real images, one of several."
-    gone = read_json(folder.dropped) if folder.dropped.is_file() else []
+    there = folder.dropped.is_file()
+    gone = read_record(folder.dropped, list[str], DROPPED) if there else []
     if not gone:
         net = lpips_model(settings.filter_net)
         for k in range(len(images.classes)):
             gone += _far_ones(images, k, plan, folder, settings.candidates, net)
-        write_json(folder.dropped, gone)
+        folder.write_text(folder.dropped, json.dumps(gone, indent=1) + '\n')
     for name in gone:
-        (folder.path / name).unlink(missing_ok=True)
+        inside(folder.path, name).unlink(missing_ok=True)
 
 
 def _far_ones(images, k, plan, folder, candidates, net):

@@ -7,10 +7,11 @@ __all__ = ['CLUTTER', 'FORMAT', 'BEFORE', 'ASIDE', 'LOST', 'LEAST', 'MOST', 'N_S
            'DROPPED', 'PATIENCE', 'holds_run', 'differences', 'claim', 'Head', 'run_record', 'tentative', 'Row',
            'read_rows', 'RunRecord', 'RunFolder', 'bring_up']
 
-# %% ../../nbs/run/folders.ipynb #5ef4b665
+# %% ../../nbs/run/folders.ipynb #732a0750
 import contextlib
 import json
 import math
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Literal
 from ..base.files import IMAGES, UserError, require, write_json
 from ..base.processes import processes
 from diffii.base.records import (
+    dump_lines,
     inside,
     read_lines,
     read_record,
@@ -27,6 +29,8 @@ from diffii.base.records import (
     write_record,
 )
 from ..base.settings import ConceptSettings, InversionSettings, SamplingSettings
+from .digests import Digests
+from fastcore.basics import patch
 
 # %% ../../nbs/run/folders.ipynb #1a0898e0
 CLUTTER = {'.DS_Store', 'Thumbs.db', 'desktop.ini'}  # what file managers leave behind
@@ -253,7 +257,7 @@ class RunRecord(Head):
         ok = self.size >= 8 and self.batch_size >= 1
         require(ok, 'size and batch_size should be 8 and 1 or more')
 
-# %% ../../nbs/run/folders.ipynb #00933d6b
+# %% ../../nbs/run/folders.ipynb #7ae57ac7
 class RunFolder:
     "The output folder of a run: where things are, and what they say."
 
@@ -272,12 +276,15 @@ class RunFolder:
         self.plan = self.state / 'plan.jsonl'
         self.redrawn = self.state / 'redrawn'
         self.dropped = self.state / 'dropped.json'
+        self.digests = Digests(self.path, STATE)
 
     def about(self) -> dict:
         "The run's record. Raises `UserError` where there is none."
         text = f'{self.path}: not a folder of synthetic images with its {STATE} folder'
         require(self.record.is_file(), text)
-        return run_record(self.path, RECORD, RunRecord)
+        found = run_record(self.path, RECORD, RunRecord)
+        self.check_lists()
+        return found
 
     def file(self, row: dict) -> Path:
         "Where a row's image is, or will be. Raises `UserError` for a place outside."
@@ -304,6 +311,76 @@ class RunFolder:
 # %% ../../nbs/run/folders.ipynb #298c41f5
 def _attempt(row):
     return row['attempt']
+
+# %% ../../nbs/run/folders.ipynb #8104d13b
+@patch
+def write_rows(self: RunFolder, file, rows):
+    "Write rows and note their digest."
+    with self.digests.writing(file) as unfinished:
+        dump_lines(unfinished, rows)
+
+
+@patch
+def save_image(self: RunFolder, file, image):
+    "Write a Pillow image as PNG and note its digest."
+    with self.digests.writing(file) as unfinished:
+        image.save(unfinished, format='PNG')
+
+
+@patch
+def write_text(self: RunFolder, file, text: str):
+    "Write a text and note its digest."
+    with self.digests.writing(file) as unfinished:
+        unfinished.write_text(text, encoding='utf-8')
+
+
+@patch
+def check_lists(self: RunFolder):
+    "Raise `UserError` for a list that is not as it was written."
+    for file in (self.plan, self.metadata, *self.redrawn.glob('*.jsonl')):
+        self.digests.check(file, AGAIN)
+    self.digests.check(self.dropped, DROPPED)
+
+# %% ../../nbs/run/folders.ipynb #f3b2bf16
+@patch
+def mend_lists(self: RunFolder):
+    "Remove damaged lists that a run makes again. Raises `UserError` for others."
+    self.digests.check(self.dropped, DROPPED)
+    for file in self.redrawn.glob('*.jsonl'):
+        if self.digests.name(file) in self.digests.noted:
+            found = self.digests.damage(file)
+            if found:
+                warnings.warn(f'{file}: was damaged ({found}); its batch is made again')
+                file.unlink()
+
+
+@patch
+def write_redrawn(
+    self: RunFolder,
+    batch: int,  # its number
+    rows: list,  # those that are not as planned
+):
+    "Write the rows of a batch that came in the place of planned ones, if any ever did."
+    file = self.redrawn / f'{batch}.jsonl'
+    if rows or self.digests.name(file) in self.digests.noted:
+        self.write_rows(file, rows)
+
+
+@patch
+def knows_redrawn(self: RunFolder, batch: int) -> bool:
+    "Is the list of a batch's further attempts there, if it had one?"
+    file = self.redrawn / f'{batch}.jsonl'
+    return file.is_file() or self.digests.name(file) not in self.digests.noted
+
+
+@patch
+def damage(
+    self: RunFolder,
+    row: dict,
+    verify: bool = False,  # compare the digest, not the size alone
+) -> str:
+    "What is wrong with a row's image, in words; empty where nothing is."
+    return self.digests.damage(self.file(row), verify)
 
 # %% ../../nbs/run/folders.ipynb #faf960d4
 PATIENCE = 10  # seconds to wait for a process that does the same
@@ -339,7 +416,7 @@ def _alone(out, record):
         text = f'{out}: an earlier version is writing there; wait for it and try again'
         raise UserError(text) from e
 
-# %% ../../nbs/run/folders.ipynb #6ff3ecba
+# %% ../../nbs/run/folders.ipynb #9c1bd5b4
 def _move_images(folder):
     "Images from oak/ to train/oak/, then their names in all lists."
     at = partial(inside, folder.path)
@@ -353,9 +430,11 @@ def _move_images(folder):
             source.replace(target)
     for file, found in rows.items():
         moved = [_moved(row['file_name']) for row in found]
-        write_rows(file, [{**r, 'file_name': n} for r, n in zip(found, moved)])
+        folder.write_rows(file, [{**r, 'file_name': n} for r, n in zip(found, moved)])
     if folder.dropped.is_file():
         write_json(folder.dropped, sorted(map(_moved, folder.dropped_names())))
+    for target in filter(Path.is_file, old.values()):
+        folder.digests.note(target)  # that format had none
     for parent in {source.parent for source in old}:
         with contextlib.suppress(OSError):  # it has something else in it
             parent.rmdir()

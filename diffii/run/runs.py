@@ -6,7 +6,8 @@
 __all__ = ['ATTEMPTS', 'SyntheticSet', 'load_synthetic', 'Run', 'check_run', 'run_suffixes', 'make_or_redraw', 'by_batch',
            'make_missing', 'write_metadata', 'synthesize']
 
-# %% ../../nbs/run/runs.ipynb #96318bff
+# %% ../../nbs/run/runs.ipynb #240d18de
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -14,11 +15,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ..base.files import UserError, atomic, require, save_png
+from ..base.files import UserError, require
 from ..base.images import ImageSet
 from ..base.methods import METHODS, Method
 from ..base.pipeline import Pipeline, model_digest, same_model
 from ..base.processes import check_tracker, processes
+from ..base.records import short
 from ..base.settings import ConceptSettings, Settings, config_text
 from diffii.method.concepts import (
     Concepts,
@@ -39,6 +41,7 @@ from diffii.method.synthesis import (
 from .cards import write_card
 from .contexts import GENERAL, choose_suffixes, kept_suffixes
 from .filters import drop_candidates
+from .digests import UNKNOWN
 from diffii.run.folders import (
     RECORD,
     STATE,
@@ -47,7 +50,6 @@ from diffii.run.folders import (
     holds_run,
     read_rows,
     tentative,
-    write_rows,
 )
 from .pools import build_pool, save_pool
 from fastcore.basics import patch
@@ -74,7 +76,7 @@ class SyntheticSet(ImageSet):
         rows = tuple(self.rows[i] for i in positions)
         return replace(super().subset(positions), rows=rows)
 
-# %% ../../nbs/run/runs.ipynb #c3ccf93b
+# %% ../../nbs/run/runs.ipynb #5b28567c
 def load_synthetic(
     path,  # an output folder
 ) -> SyntheticSet:
@@ -86,8 +88,13 @@ def load_synthetic(
     about, rows = folder.about(), tuple(read_rows(folder.metadata))
     for row in rows:
         file = folder.file(row)
-        require(file.is_file(), f'{file}: missing; {again}')
+        found = folder.damage(row)
+        require(found in ('', UNKNOWN), f'{file}: {found}; {again}')
     classes = tuple(about['classes'])
+    odd = [r for r in rows if not {r['label'], r['source_label']} <= set(classes)]
+    for row in odd[:1]:
+        text = f'{folder.metadata}: {row["file_name"]} is of a category that the run'
+        raise UserError(f'{text} has not ({short(row["label"])}); {again}')
     return SyntheticSet(
         images=tuple(map(folder.file, rows)),
         labels=tuple(classes.index(row['label']) for row in rows),
@@ -141,7 +148,13 @@ class Run:
             **({} if self.few_step is None else dict(few_step=self.few_step.digest())),
         )
 
-# %% ../../nbs/run/runs.ipynb #89592b59
+# %% ../../nbs/run/runs.ipynb #f26c7c6e
+@patch
+def damage(self: Run, row: dict) -> str:
+    "What is wrong with a row's image, in words; empty where nothing is."
+    return self.folder.damage(row, self.settings.run.verify)
+
+
 @patch
 def in_force(self: Run) -> Settings:
     "All settings, with those of the images and the model as they were loaded."
@@ -307,7 +320,7 @@ def make_or_redraw(
         'bfloat16, or a smaller --guidance'
     )
 
-# %% ../../nbs/run/runs.ipynb #35e3b2b4
+# %% ../../nbs/run/runs.ipynb #65938de6
 def by_batch(rows: list) -> list:  # of lists of rows
     "Rows by the batch that they belong to, in the order in which batches come."
     batches = {}
@@ -317,7 +330,7 @@ def by_batch(rows: list) -> list:  # of lists of rows
 
 
 @contextmanager
-def _written_behind():
+def _written_behind(folder):
     "Yields a function that begins to write {path: image}, when the last are written."
     jobs = []
 
@@ -330,12 +343,12 @@ def _written_behind():
 
         def write(images):
             wait()
-            jobs.extend(thread.submit(save_png, *item) for item in images.items())
+            jobs.extend(thread.submit(folder.save_image, *im) for im in images.items())
 
         yield write
         wait()
 
-# %% ../../nbs/run/runs.ipynb #20e5438f
+# %% ../../nbs/run/runs.ipynb #2a192289
 def make_missing(run: Run, concepts: Concepts, pool: InversionPool | None, plan: list):
     "Make the images of the plan that are not there, batch by batch."
     dropped, parts = run.folder.dropped_names(), _parts(run.folder)
@@ -343,25 +356,36 @@ def make_missing(run: Run, concepts: Concepts, pool: InversionPool | None, plan:
 
     def is_made(batch):
         wanted = [row for row in batch if row['file_name'] not in dropped]
-        return all(run.folder.file(row).is_file() for row in wanted)
+        whole = not any(run.damage(row) for row in wanted)
+        return whole and run.folder.knows_redrawn(batch[0]['batch'])
 
     batches, ps = by_batch(plan), processes()
+    _name_damaged(run, plan)
     done = sum(len(batch) for batch in batches if is_made(batch))
     run.progress('images', done, len(plan))
-    with _written_behind() as write:
+    with _written_behind(run.folder) as write:
         for batch in batches[ps.process_index :: ps.num_processes]:
             if is_made(batch):
                 continue
             number = batch[0]['batch']
             rows = [{**row, 'micro_batch': parts[number]} for row in batch]
             images, unplanned = make_or_redraw(run.pipe, concepts, pool, rows, redraw)
-            if unplanned:
-                write_rows(run.folder.redrawn / f'{number}.jsonl', unplanned)
+            run.folder.write_redrawn(number, unplanned)
             named = {row['file_name']: image for row, image in zip(batch, images)}
             kept = {k: image for k, image in named.items() if k not in dropped}
             write({run.folder.path / name: im for name, im in kept.items()})
             done += len(batch)
             run.progress('images', done, len(plan))
+
+
+def _name_damaged(run, plan):
+    "Say which images are there and not as they were written."
+    there = (row for row in plan if run.folder.file(row).is_file())
+    found = [f'{row["file_name"]} ({why})' for row in there if (why := run.damage(row))]
+    if found and processes().is_main_process:
+        names = ', '.join(found[:3]) + ', ...' * (len(found) > 3)
+        text = f'{run.folder.path}: {len(found)} images are damaged and are made again'
+        warnings.warn(f'{text}: {names}')
 
 
 def _parts(folder):
@@ -374,15 +398,15 @@ def _planner(run, pool):
     settings, suffixes, model = run.settings.sampling, run.suffixes, run.pipe.model
     return Planner(run.images.classes, pool, suffixes, settings, model, run.seed)
 
-# %% ../../nbs/run/runs.ipynb #e72a89be
+# %% ../../nbs/run/runs.ipynb #5f6e1cda
 def write_metadata(run: Run):
     "Write rows of the images that are there, and the card."
     folder = run.folder
-    rows = [row for row in folder.final_rows() if folder.file(row).is_file()]
-    write_rows(folder.metadata, rows)
+    rows = [row for row in folder.final_rows() if not folder.damage(row)]
+    folder.write_rows(folder.metadata, rows)
     write_card(folder)
 
-# %% ../../nbs/run/runs.ipynb #77e3728e
+# %% ../../nbs/run/runs.ipynb #1dfe4d67
 @contextmanager
 def _taken(run, record):
     "Take the folder for the time of the block, or raise `UserError`."
@@ -412,10 +436,10 @@ def _tidy(run):
         for file in run.folder.path.rglob('.*.tmp'):
             file.unlink()
     if processes().is_main_process:
-        with atomic(run.folder.settings) as unfinished:
-            unfinished.write_text(config_text(run.in_force()), encoding='utf-8')
+        run.folder.write_text(run.folder.settings, config_text(run.in_force()))
+        run.folder.mend_lists()
 
-# %% ../../nbs/run/runs.ipynb #362b72b5
+# %% ../../nbs/run/runs.ipynb #ef9123d4
 def synthesize(
     pipe: Pipeline,  # a loaded model
     images: ImageSet,  # the training images
@@ -447,9 +471,13 @@ def synthesize(
         with concepts.attached(pipe):
             _make_all(run, concepts)
         processes().wait_for_everyone()
+        if processes().is_main_process:
+            rows = run.folder.all_rows()
+            run.folder.digests.settle(row['file_name'] for row in rows)
+        processes().wait_for_everyone()
         return load_synthetic(out)
 
-# %% ../../nbs/run/runs.ipynb #15a7eabc
+# %% ../../nbs/run/runs.ipynb #8db5fd65
 def _make_all(run, concepts):
     "Inversions, plan, images, filter, metadata; the concepts are attached."
     pool, settings, ps = _pool(run, concepts), run.settings.sampling, processes()
@@ -457,7 +485,8 @@ def _make_all(run, concepts):
     counts, classes = run.images.counts, run.images.classes
     plan = make_plan(classes, pool, run.suffixes, settings, counts, *of_run)
     if ps.is_main_process:
-        write_rows(run.folder.plan, plan)
+        run.folder.write_rows(run.folder.plan, plan)
+        _note_tensors(run.folder)
     ps.wait_for_everyone()
     few_step = run.few_step.attached(run.pipe) if run.few_step else nullcontext()
     try:
@@ -469,3 +498,10 @@ def _make_all(run, concepts):
     finally:
         if ps.is_main_process:
             write_metadata(run)
+
+
+def _note_tensors(folder):
+    "Note the files of concepts and inversions, which were not written by the folder."
+    for place in (folder.concepts, folder.pool):
+        for file in sorted(place.glob('*.safetensors')) + sorted(place.glob('*.json')):
+            folder.digests.note(file)
