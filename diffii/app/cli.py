@@ -68,7 +68,11 @@ def top(version: Annotated[bool, VersionOption] = False):
 def main():
     "The entry point: a user's mistake is one line and exit code 2."
     from diffii.base.files import UserError
+    from diffii.base.processes import lost_partner
 
+    for stream in (sys.stdout, sys.stderr):  # a terminal may know ASCII alone
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
     warnings.formatwarning = lambda message, *a, **k: f'diffii: warning: {message}\n'
     if len(sys.argv) == 1:
         sys.argv.append('--help')
@@ -87,13 +91,15 @@ def main():
         where = f'{e.filename or "writing failed"}: {e.strerror}'
         _stop(2, f'{where}; make room or check the permissions, {again}')
     except Exception as e:
+        if lost_partner(e):
+            _stop(2, f'another process of this run has ended; {again}')
         if not hasattr(e, 'format_message'):  # typer's own errors of options have it
             raise
         _stop(2, e.format_message())
 
 
 def _stop(code, message):
-    print(f'diffii: {message}', file=sys.stderr)
+    print('diffii:', *str(message).splitlines(), file=sys.stderr)
     sys.exit(code)
 
 # %% ../../nbs/app/cli.ipynb #7c7b2646

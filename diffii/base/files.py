@@ -89,7 +89,7 @@ def read_json(path):
     "Read JSON; a file that is not JSON is a `UserError` that names it."
     try:
         return json.loads(Path(path).read_text(encoding='utf-8'))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f'{path}: not valid JSON ({e}); delete it or restore it') from e
 
 

@@ -301,6 +301,8 @@ def _check_rows(table, columns, rows, folder):
         for c in columns:
             hint = f'no {c}; fill it in, or remove the line'
             require(row[c], f'{table}, line {line}: {hint}')
+            hint = f'{c} has a NUL character; save the table as text again'
+            require('\0' not in row[c], f'{table}, line {line}: {hint}')
         here = (line, row[label])
         first, other = seen.setdefault((folder / row[image]).resolve(), here)
         both = f'{other!r} in line {first} and {row[label]!r} in line {line}'

@@ -217,7 +217,32 @@ def model_notes(model: str) -> dict:  # stage -> settings, and the model's versi
     "What `diffii.json` beside a model says; nothing for a model that is not a folder here."
     folder = Path(str(files('diffii'))) / 'tiny' if model == 'tiny' else Path(model)
     file = folder / 'diffii.json'
-    return read_json(file) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    notes = read_json(file)
+    try:
+        _check_notes(notes)
+    except UserError as e:
+        raise UserError(f'{file}: {e}; mend it, or take it away') from e
+    return notes
+
+
+def _check_notes(notes):
+    "Raise `UserError` for recommendations that no group of settings can have."
+    require(isinstance(notes, dict), 'should be an object, as {"sampling": {}}')
+    version = notes.get('version', 1)
+    require(type(version) is int, f'version should be a number, found {version!r:.60}')
+    for group in (ConceptSettings, InversionSettings, SamplingSettings):
+        stage, known = group.stage, {spec.name for spec in specs(group)}
+        found = notes.get(stage, {})
+        parts = found.get('by_metaclass', {}) if isinstance(found, dict) else None
+        ok = isinstance(parts, dict) and all(
+            isinstance(p, dict) for p in parts.values()
+        )
+        require(ok, f'{stage} should hold settings, found {found!r:.60}')
+        for part in ({}, *parts.values()):
+            values = {k: v for k, v in {**found, **part}.items() if k in known}
+            group(**values)
 
 # %% ../../nbs/base/settings.ipynb #21ba8c77
 @dataclass

@@ -162,8 +162,8 @@ _AGAIN = 'unpack the archive again'
 def _numbered(path):
     "A text file with lines of a number and a value -> {number: value}."
     require(path.is_file(), f'{path}: no such file; {_AGAIN}')
-    lines = path.read_text(encoding='utf-8').splitlines()
     try:
+        lines = path.read_text(encoding='utf-8').split('\n')
         pairs = [line.strip().split(maxsplit=1) for line in lines if line.strip()]
         return {int(number): value for number, value in pairs}
     except ValueError as e:
@@ -203,8 +203,11 @@ WATERBIRDS_GROUPS = ('land_land', 'land_water', 'water_land', 'water_water')
 def _metadata(folder):
     "The rows of Waterbirds' table."
     table = folder / 'metadata.csv'
-    with open(table, newline='', encoding='utf-8') as f:
-        rows = list(csv.DictReader(f))
+    try:
+        with open(table, newline='', encoding='utf-8') as f:
+            rows = list(csv.DictReader(f))
+    except (csv.Error, UnicodeDecodeError) as e:
+        raise UserError(f'{table}: not a CSV table ({e}); {_AGAIN}') from e
     columns = ('img_filename', 'y', 'place', 'split')
     missing = [c for c in columns if not rows or c not in rows[0]]
     require(not missing, f'{table}: no column {", ".join(missing)}; {_AGAIN}')

@@ -250,7 +250,7 @@ def _lines_of(path):
     text = f'--suffixes {path}: neither a text file nor a published list'
     require(Path(path).is_file(), f'{text}; these are {names}')
     try:
-        lines = Path(path).read_text(encoding='utf-8-sig').splitlines()
+        lines = Path(path).read_text(encoding='utf-8-sig').split('\n')
     except UnicodeDecodeError as e:
         text = f'{path}: not a UTF-8 text file; give one suffix on each line'
         raise UserError(text) from e

@@ -91,7 +91,7 @@ def answer_lines(
     if items is not None:
         return [(item, True) for item in items]
     found = []
-    for line in answer.splitlines():
+    for line in answer.split('\n'):
         text = re.sub(r'\*\*|__|[`"“”«»]', '', line).strip(' \t|>#')
         marked = False
         while mark := _MARK.match(text):
