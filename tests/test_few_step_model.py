@@ -112,7 +112,7 @@ def test_trajectories_are_kept_and_not_made_again(pipe, lessons, work, monkeypat
 
     kept = kept_trajectories(pipe, lessons, SHORT, work)
 
-    assert kept['film'].shape == (25, 2, 4, 8, 8)
+    assert kept['film'].shape == (13, 2, 4, 8, 8)
     assert kept['ends'].shape == (2, 4, 8, 8)
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ADAPTER', 'LAYERS', 'Distillation', 'Lessons', 'encode_lessons', 'student_lora', 'teacher', 'Points', 'draw_points',
-           'levels', 'teacher_step', 'ends', 'huber_loss', 'consistency_loss', 'teacher_trajectories',
-           'kept_trajectories', 'ends_loss', 'distil', 'train_few_step']
+           'levels', 'teacher_step', 'ends', 'huber_loss', 'consistency_loss', 'trajectory_levels',
+           'teacher_trajectories', 'kept_trajectories', 'ends_loss', 'distil', 'train_few_step']
 
 # %% ../../nbs/data/few_step_model.ipynb #053aefd7
 from ..base.consistency import consistency
@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-# %% ../../nbs/data/few_step_model.ipynb #d6621f25
+# %% ../../nbs/data/few_step_model.ipynb #735eaf78
 @dataclass
 class Distillation:
     "Settings of the distillation: everything that decides its outcome."
@@ -38,12 +38,13 @@ class Distillation:
     # timesteps that the teacher goes in one step: those of 25 steps of sampling
     skip: int = 40
     huber: float = 1e-3  # where the loss turns from squared to absolute
-    shards: int = 12  # files of whole trajectories, of `shard` each
+    leap: int = 80  # timesteps of one step of a whole trajectory
+    shards: int = 8  # files of whole trajectories, of `shard` each
     shard: int = 256
     # first leg: ends of whole trajectories
     ends: Stage = field(
         default_factory=lambda: Stage(
-            1600, 1e-3, batch_size=32, seed=7, save_every=50, digits=0.35
+            1200, 1e-3, batch_size=32, seed=7, save_every=50, digits=0.35
         )
     )
     # second leg: neighbouring points
@@ -53,7 +54,7 @@ class Distillation:
         )
     )
 
-# %% ../../nbs/data/few_step_model.ipynb #27fbaeb8
+# %% ../../nbs/data/few_step_model.ipynb #afd9bb18
 @dataclass
 class Lessons:
     "Training images as latents, captions as token numbers."
@@ -151,7 +152,7 @@ def teacher_step(
     x0 = (points.x - (1 - a) ** 0.5 * eps) / a**0.5
     return Points(b**0.5 * x0 + (1 - b) ** 0.5 * eps, before, points.cond)
 
-# %% ../../nbs/data/few_step_model.ipynb #60f98829
+# %% ../../nbs/data/few_step_model.ipynb #38f0fc0b
 def ends(pipe: Pipeline, points: Points) -> torch.Tensor:  # (n, c, h, w) clean latents
     "Where the U-Net says that the trajectories through the points end."
     eps = pipe.predict_eps(points.x, points.t, points.cond)
@@ -182,7 +183,13 @@ def consistency_loss(
 
     return loss
 
-# %% ../../nbs/data/few_step_model.ipynb #89e39fd4
+# %% ../../nbs/data/few_step_model.ipynb #886eb67d
+def trajectory_levels(settings: Distillation) -> range:  # of timesteps
+    "Where a whole trajectory is noted: from the noisiest level of sampling on."
+    top = 1 + settings.skip * (1000 // settings.skip - 1)
+    return range(top, 0, -settings.leap)
+
+
 @torch.no_grad()
 def teacher_trajectories(
     pipe: Pipeline,
@@ -201,12 +208,12 @@ def teacher_trajectories(
     low, high = settings.guidance
     scale = low + (high - low) * torch.rand((n, 1, 1, 1), generator=gen)
     cond, negative = pipe.encode_ids([ids]), pipe.encode_prompts([''])[[0] * n]
-    last = 1 + settings.skip * (1000 // settings.skip - 1)
+    levels = trajectory_levels(settings)
     x = torch.randn((n, *pipe.latent_shape), generator=gen)
-    points, film = Points(x, torch.full((n,), last), cond), []
-    for _ in range(1000 // settings.skip):
+    points, film = Points(x, torch.full((n,), levels[0]), cond), []
+    for _ in levels:
         film.append(points.x.half())
-        points = teacher_step(pipe, points, negative, scale, settings.skip)
+        points = teacher_step(pipe, points, negative, scale, settings.leap)
     return dict(film=torch.stack(film), ends=points.x.half(), ids=ids)
 
 # %% ../../nbs/data/few_step_model.ipynb #1b467a8e
@@ -222,21 +229,22 @@ def kept_trajectories(pipe: Pipeline, lessons: Lessons, settings: Distillation, 
     dims = dict(film=1, ends=0, ids=0)
     return {k: torch.cat([one[k] for one in found], dim) for k, dim in dims.items()}
 
-# %% ../../nbs/data/few_step_model.ipynb #574bb891
+# %% ../../nbs/data/few_step_model.ipynb #816a357b
 def ends_loss(
     pipe: Pipeline, kept: dict, settings: Distillation
 ):  # -> function of (numpy generator, torch generator)
     "From any point of a trajectory, the end is where the teacher came to."
-    levels_, count = kept['film'].shape[:2]
+    timesteps = torch.tensor(trajectory_levels(settings))
+    count = len(kept['ends'])
 
     def loss(rng, gen):
         n = settings.ends.batch_size
         which = torch.from_numpy(rng.integers(0, count, n))
-        level = torch.from_numpy(rng.integers(0, levels_, n))
-        t = 1 + settings.skip * (levels_ - 1 - level)
+        level = torch.from_numpy(rng.integers(0, len(timesteps), n))
         with torch.no_grad():
             cond = pipe.encode_ids([kept['ids'][which]])
-        points = Points(kept['film'][level, which].float(), t, cond)
+        x = kept['film'][level, which].float()
+        points = Points(x, timesteps[level], cond)
         return huber_loss(
             ends(pipe, points), kept['ends'][which].float(), settings.huber
         )
