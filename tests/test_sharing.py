@@ -126,11 +126,16 @@ def test_large_files_that_the_hub_has_are_not_sent_again(online, trees):
 
 
 def test_the_state_goes_along_when_it_is_asked_for(online, trees):
+    for name in ('real', 'review'):  # pictures of the training images
+        (trees.state / name).mkdir()
+        Image.new('RGB', (4, 4)).save(trees.state / name / '0.png')
     push(trees.path, 'me/trees', PushSettings(state=True))
     names = set(online.files['dataset', 'me/trees']) - set(SET)
     assert {'.diffii/run.json', '.diffii/plan.jsonl'} < names
     assert '.diffii/concepts/learned_embeds.safetensors' in names
-    assert '.diffii/lock' not in names
+    assert not any(
+        '.diffii/' + x in name for name in names for x in ('lock', 'real', 'review')
+    )
 
 
 def test_a_name_without_an_owner_is_the_users(online, trees):

@@ -52,7 +52,8 @@ def _check_token():
     require(get_token(), text)
 
 # %% ../../nbs/run/sharing.ipynb #a3bb54e7
-HIDDEN = ['*/.*', '*.tmp', f'{STATE}/lock*']  # of file managers, or unfinished
+# of file managers, unfinished, or pictures of the training images
+HIDDEN = ['*/.*', '*.tmp'] + [f'{STATE}/{x}*' for x in ('lock', 'real/', 'review')]
 
 
 def _send(
