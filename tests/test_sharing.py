@@ -10,7 +10,7 @@ from PIL import Image
 from diffii.base.files import UserError
 from diffii.base.settings import ConceptSettings, PushSettings
 from diffii.method.concepts import Concepts
-from diffii.run.folders import RECORD, RunFolder, claim, write_rows
+from diffii.run.folders import RECORD, RunFolder, claim
 from diffii.run.sharing import concept_card, push
 
 CLASSES = ('oak', 'ash')
@@ -57,9 +57,9 @@ def trees(tmp_path):
     ]
     for number, row in enumerate(rows):
         folder.file(row).parent.mkdir(parents=True, exist_ok=True)
-        Image.new('RGB', (4, 4), (number, 0, 0)).save(folder.file(row))
-    write_rows(folder.plan, rows)
-    write_rows(folder.metadata, rows)
+        folder.save_image(folder.file(row), Image.new('RGB', (4, 4), (number, 0, 0)))
+    folder.write_rows(folder.plan, rows)
+    folder.write_rows(folder.metadata, rows)
     learned().save(folder.concepts)
     (folder.images / 'oak' / '.DS_Store').touch()
     (folder.state / 'lock').touch()
@@ -162,9 +162,15 @@ def test_a_license_that_is_filled_in_is_pushed(online, trees):
 
 def test_an_unfinished_set_is_refused(online, trees):
     (trees.path / IMAGES[3]).unlink()
-    with pytest.raises(UserError, match='1 of 4 images are missing; run the command'):
+    with pytest.raises(UserError, match='1 of 4 images are missing or damaged; run'):
         push(trees.path, 'me/trees')
     assert online.files == {}
+
+
+def test_a_damaged_set_is_refused(online, trees):
+    Image.new('RGB', (4, 4), 'white').save(trees.path / IMAGES[3])
+    with pytest.raises(UserError, match='1 of 4 images are missing or damaged; run'):
+        push(trees.path, 'me/trees')
 
 
 def test_a_run_before_its_first_image_is_refused(online, trees):

@@ -20,15 +20,15 @@ from .folders import STATE, RunFolder, read_rows
 
 # %% ../../nbs/run/sharing.ipynb #96da52c1
 def check_finished(folder: RunFolder):
-    "Raise `UserError` unless all images of a set and their metadata are there."
-    folder.about()  # tells of folders that are none
+    "Raise `UserError` unless all images of a set, undamaged, and their metadata are there."
+    folder.about()  # tells of folders that are none, and of damaged lists
     planned = {row['file_name'] for row in folder.final_rows()}
     rows = read_rows(folder.metadata)
-    known = {row['file_name'] for row in rows if folder.file(row).is_file()}
-    lacking = planned - known
-    text = f'{folder.path}: {len(lacking)} of {len(planned)} images are missing'
+    whole = {r['file_name'] for r in rows if not folder.damage(r, verify=True)}
+    lacking = planned - whole
+    text = f'{folder.path}: {len(lacking)} of {len(planned)} images are missing or'
     again = 'run the command that made it again'
-    require(not lacking, f'{text}; {again}')
+    require(not lacking, f'{text} damaged; {again}')
     require(rows, f'{folder.path}: there are no images in it; {again}')
 
 
