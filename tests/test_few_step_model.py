@@ -7,18 +7,22 @@ import pytest
 from diffii.base.files import load_tensors
 from diffii.base.pipeline import load_pipeline
 from diffii.data.few_step_model import (
+    ADAPTER,
     Distillation,
     Points,
+    averaged,
     distil,
     encode_lessons,
     huber_loss,
     kept_trajectories,
+    save_few_step,
     student_lora,
     teacher,
     teacher_step,
 )
 from diffii.data.tiny_model import Stage, base_pictures
 from diffii.method.diffusion import ddim_grid, ddim_step
+from diffii.method.few_step import open_few_step
 
 import torch
 
@@ -129,6 +133,36 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_weights(
     assert steps == [2, 3]
     for a, b in zip(lora_of(fresh), lora_of(done), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_the_file_holds_the_averaged_weights_and_their_history(work, tmp_path):
+    file = tmp_path / 'few_step.safetensors'
+
+    save_few_step(work, file, SHORT)
+
+    found = open_few_step(load_pipeline('tiny', device='cpu'), str(file))
+    trained = load_pipeline('tiny', device='cpu')
+    student_lora(trained, 2)
+    about = averaged(trained, work)
+    own = {k: p for k, p in trained.unet.named_parameters() if 'lora_' in k}
+    for name, weight in found.lora.items():
+        layer, _, end = name.partition('.lora_')
+        p = own[f'{layer}.lora_{end[0]}.{ADAPTER}.weight']
+        torch.testing.assert_close(weight, p, atol=1e-3, rtol=1e-3)
+    assert [about[leg]['step'] for leg in about] == [3, 3]
+
+
+def test_diffusers_reads_the_file(pipe, work, tmp_path):
+    save_few_step(work, tmp_path / 'few_step.safetensors', SHORT)
+    cond, x = pipe.encode_prompts(['a photo of a bird']), torch.ones(1, 4, 8, 8)
+    with open_few_step(pipe, str(tmp_path / 'few_step.safetensors')).attached(pipe):
+        ours = pipe.predict_eps(x, 500, cond)
+
+    pipe.pipe.load_lora_weights(tmp_path, weight_name='few_step.safetensors')
+
+    torch.testing.assert_close(
+        pipe.predict_eps(x, 500, cond), ours, atol=1e-4, rtol=1e-3
+    )
 
 
 def test_a_checkpoint_says_how_far_it_is(work):
