@@ -72,6 +72,10 @@ class Digests:
                 )
         return found
 
+    def refresh(self):
+        "Forget what was read: other processes have noted more."
+        self.__dict__.pop('noted', None)
+
     def name(self, file) -> str:
         "A file's name in the notes."
         return Path(file).relative_to(self.path).as_posix()
@@ -97,9 +101,9 @@ class Digests:
 def _append(self: Digests, line):
     "Write a line to this process's journal, in one piece."
     self.journals.mkdir(parents=True, exist_ok=True)
-    journal = self.journals / f'{processes().process_index}.jsonl'
+    journal = self.name(self.journals / f'{processes().process_index}.jsonl')
     start = b'' if self.writes else b'\n'  # whoever wrote before may have been killed
-    with open(journal, 'ab', buffering=0) as f:
+    with open(inside(self.path, journal), 'ab', buffering=0) as f:
         f.write(start + line.encode() + b'\n')
     self.writes = True
 
@@ -132,8 +136,8 @@ def check(
     file,  # what is to be read
     remedy: str,  # what to do where it is damaged
 ):
-    "Raise `UserError` for a file that is there and is not as it was noted."
-    if self.name(file) in self.noted and Path(file).exists():
+    "Raise `UserError` for a file that was noted and is not as it was."
+    if self.name(file) in self.noted:
         found = self.damage(file)
         require(not found, f'{file}: was damaged or changed ({found}); {remedy}')
 
@@ -144,7 +148,7 @@ def settle(
     planned=(),  # names of files whose notes are kept though they are not there
 ):
     "Bring all notes into one list with a line for each file, in the order of names."
-    self.__dict__.pop('noted', None)  # other processes have noted more
+    self.refresh()
     kept, planned = [], set(planned)
     for name, notes in sorted(self.noted.items()):
         file = self._file(name)
@@ -175,5 +179,5 @@ def _forget(self: Digests):
         journal.unlink()
     if self.journals.is_dir():
         self.journals.rmdir()
-    self.__dict__.pop('noted', None)
+    self.refresh()
     self.writes = False

@@ -337,15 +337,19 @@ def write_text(self: RunFolder, file, text: str):
 @patch
 def check_lists(self: RunFolder):
     "Raise `UserError` for a list that is not as it was written."
-    for file in (self.plan, self.metadata, *self.redrawn.glob('*.jsonl')):
+    redrawn = f'{STATE}/{self.redrawn.name}/'
+    lists = [n for n in self.digests.noted if n.startswith(redrawn)]
+    for file in (self.plan, self.metadata, *map(self.path.joinpath, lists)):
         self.digests.check(file, AGAIN)
-    self.digests.check(self.dropped, DROPPED)
+    if self.dropped.exists():  # who deletes it wants the images back
+        self.digests.check(self.dropped, DROPPED)
 
 # %% ../../nbs/run/folders.ipynb #f3b2bf16
 @patch
 def mend_lists(self: RunFolder):
     "Remove damaged lists that a run makes again. Raises `UserError` for others."
-    self.digests.check(self.dropped, DROPPED)
+    if self.dropped.exists():
+        self.digests.check(self.dropped, DROPPED)
     for file in self.redrawn.glob('*.jsonl'):
         if self.digests.name(file) in self.digests.noted:
             found = self.digests.damage(file)

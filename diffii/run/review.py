@@ -16,7 +16,7 @@ from ..base.settings import ConceptSettings
 from ..method.concepts import Concepts
 from ..method.few_step import open_few_step
 from ..method.synthesis import make_batch
-from .folders import RunFolder, read_rows
+from .folders import AGAIN, RunFolder, read_rows
 from .pools import load_pool
 from .runs import by_batch
 
@@ -111,6 +111,7 @@ def remake(
     same = same_model(about['base'], model_digest(pipe))
     require(same, f'{text} ({about["model"]})')
     concepts, batch = load_concepts(path), _batch_of(folder, row)
+    require(row in batch, f'{folder.plan}: does not have {file_name}; {AGAIN}')
     pool = load_pool(folder.pool, about['classes']) if row['sources'] else None
     few_step = _few_step_of(pipe, about)
     with ExitStack() as stack:

@@ -23,6 +23,7 @@ from ..base.processes import check_tracker, processes
 from ..base.records import short
 from ..base.settings import ConceptSettings, Settings, config_text
 from diffii.method.concepts import (
+    RELEARN,
     Concepts,
     check_learning,
     learn_concepts,
@@ -402,6 +403,7 @@ def _planner(run, pool):
 def write_metadata(run: Run):
     "Write rows of the images that are there, and the card."
     folder = run.folder
+    folder.digests.refresh()  # with what other processes made
     rows = [row for row in folder.final_rows() if not folder.damage(row)]
     folder.write_rows(folder.metadata, rows)
     write_card(folder)
@@ -438,6 +440,8 @@ def _tidy(run):
     if processes().is_main_process:
         run.folder.write_text(run.folder.settings, config_text(run.in_force()))
         run.folder.mend_lists()
+    for file in sorted(run.folder.concepts.glob('*.*')):
+        run.folder.digests.check(file, RELEARN)
 
 # %% ../../nbs/run/runs.ipynb #ef9123d4
 def synthesize(
