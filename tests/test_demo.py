@@ -119,6 +119,7 @@ def test_the_folder_holds_results_report_and_images(finished, results):
     assert sorted(p.name for p in out.iterdir()) == names
     assert (results['real'], results['synthetic']) == (20, 40)
     assert len(list((out / 'synthetic-1').glob('train/*/*.png'))) == 40
+    assert (out / 'synthetic-1' / 'review.html').is_file()
 
 
 def test_every_trial_samples_its_own_real_images(finished, results):

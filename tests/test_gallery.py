@@ -117,6 +117,13 @@ def test_scores_are_columns_that_may_be_missing(run):
     assert data['images'][7]['scores'] == [0.79, 1.0]
 
 
+def test_means_are_of_the_images_that_have_a_score(run):
+    out, real = run
+    means = data_of(review(out, real))['means']
+    assert means['clip'] == pytest.approx((6 * 3 * 1.0 - 0) / 17)
+    assert means['classifier'] == pytest.approx((3 * 3.9 - 0.06 - 0.12 - 0.9) / 17)
+
+
 def test_without_scores_there_are_none():
     assert score_names([made_row('oak', 0), made_row('oak', 1, scores=None)]) == []
 

@@ -322,7 +322,7 @@ def all_suffixes(made: SyntheticSet) -> list:
     "The suffixes that any image has, without the empty one."
     return sorted({row['suffix'] for row in made.rows} - {''})
 
-# %% ../../nbs/evaluation/gallery.ipynb #874a54eb
+# %% ../../nbs/evaluation/gallery.ipynb #55a34a3e
 def page_data(
     made: SyntheticSet,
     real: ImageSet,  # small copies of the training images
@@ -337,6 +337,7 @@ def page_data(
     files = list(zip(made.names, made.images))
     report = lambda *n: progress('review', *n)
     src = in_threads(lambda item: pictures.small(*item), files, report)
+    images = image_entries(made, numbers, known, src)
     record = Path(RunFolder(made.folder).record).read_bytes()
     return dict(
         out=Path(made.folder).resolve().name,
@@ -350,9 +351,20 @@ def page_data(
         scores=score_names(made.rows),
         real=list(entries.values()),
         real_count=len(known),
-        images=image_entries(made, numbers, known, src),
+        images=images,
+        means=_means(score_names(made.rows), images),
         sharp=max(made.open(0).size) <= SHARP if len(made) else False,
     )
+
+# %% ../../nbs/evaluation/gallery.ipynb #db9a7700
+def _means(names, images):
+    "The mean of each score over the images that have it."
+    found = {}
+    for i, name in enumerate(names):
+        values = [e['scores'][i] for e in images if e['scores'][i] is not None]
+        if values:
+            found[name] = sum(values) / len(values)
+    return found
 
 # %% ../../nbs/evaluation/gallery.ipynb #5bd05d76
 def diversities(
