@@ -8,6 +8,7 @@ __all__ = ['TITLES', 'FIRST', 'ImagesArgument', 'ConfigOption', 'PrintOption', '
 
 # %% ../../nbs/app/options.ipynb #eb25e24a
 import inspect
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -54,9 +55,15 @@ def option_of(group: str, spec: Spec) -> inspect.Parameter:
     )
 
 # %% ../../nbs/app/options.ipynb #71b0a663
+@lru_cache
+def _recommended() -> dict:
+    "What the shipped model recommends, read once."
+    return model_notes('tiny')
+
+
 def default_text(group: str, spec: Spec) -> str:
     "The default in words, for the end of the help; empty where there is none."
-    usual = model_notes('tiny').get(group, {}).get(spec.name, spec.default)
+    usual = _recommended().get(group, {}).get(spec.name, spec.default)
     text = _typed(spec.default)
     if usual != spec.default:
         text = f'{text}; shipped model: {_typed(usual)}'
