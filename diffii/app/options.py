@@ -24,7 +24,7 @@ from diffii.base.settings import (
     specs,
 )
 
-# %% ../../nbs/app/options.ipynb #b9890063
+# %% ../../nbs/app/options.ipynb #e35a6a89
 TITLES = dict(
     images='Images',
     model='Model',
@@ -40,11 +40,16 @@ TITLES = dict(
 FIRST = 'Most needed'
 
 
-def option_of(group: str, spec: Spec) -> inspect.Parameter:
+def option_of(
+    group: str,
+    spec: Spec,
+    usual: str = '',  # the default in words, where a command has its own
+) -> inspect.Parameter:
     "A typer option that reads one setting; its value is None where it is not given."
     kind = spec.kind if spec.kind in (int, float, bool) and not spec.many else str
     names = f'{spec.option}/--no-{spec.option[2:]}' if kind is bool else spec.option
-    doc = spec.doc[:1].upper() + spec.doc[1:] + default_text(group, spec)
+    default = f' (default: {usual})' if usual else default_text(group, spec)
+    doc = spec.doc[:1].upper() + spec.doc[1:] + default
     panel = FIRST if spec.about.get('first') else TITLES.get(group, 'Options')
     option = typer.Option(names, help=doc, rich_help_panel=panel, show_default=False)
     return inspect.Parameter(
@@ -80,12 +85,15 @@ def _typed(value):
         return f'{value:g}'
     return '' if value is None else str(value)
 
-# %% ../../nbs/app/options.ipynb #ea3f886d
+# %% ../../nbs/app/options.ipynb #b91979dd
 def takes(
     kinds: dict,  # name of a group -> its class, or a function
     only: tuple = (),  # names of settings; by default all
+    usual: dict
+    | None = None,  # of settings by name: defaults of this command, in words
 ):  # -> decorator
     "Options for settings; the function gets `given`, a dict of groups of values."
+    words = usual or {}
     found = [
         (group, spec)
         for group, kind in kinds.items()
@@ -104,7 +112,10 @@ def takes(
 
         own = list(inspect.signature(function).parameters.values())[1:]
         own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-        every = [*own, *(option_of(*pair) for pair in found)]
+        every = [
+            *own,
+            *(option_of(*pair, words.get(pair[1].name, '')) for pair in found),
+        ]
         command.__signature__ = inspect.Signature(every)
         command.__annotations__ = {p.name: p.annotation for p in every}
         command.__name__, command.__doc__ = function.__name__, function.__doc__

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXTENSIONS', 'to_rgb', 'read_image', 'ImageSet', 'digest', 'image_folder', 'split', 'few_shot', 'halve',
-           'image_table']
+           'image_table', 'loose_images']
 
 # %% ../../nbs/base/images.ipynb #ffbee9cd
 import csv
@@ -356,3 +356,32 @@ def image_table(
         names=tuple(row[image] for row in rows),
         groups=tuple(row[group] for row in rows) if group else None,
     )
+
+# %% ../../nbs/base/images.ipynb #5615fc05
+def loose_images(
+    paths: list,  # image files, and folders that are searched to the bottom
+    skip_bad: bool = False,  # leave unreadable images out, with a warning
+) -> list:  # of paths, in sorted order within a folder
+    "Image files wherever they lie. Raises `UserError` where there are none."
+    found = []
+    for path in map(Path, paths):
+        require(path.exists(), f'{path}: no such file or folder')
+        found += _images_below(path) if path.is_dir() else [path]
+    found = list(dict.fromkeys(found))
+    bad = {f: e for f, e in zip(found, _all_readable(found)) if e}
+    _refuse_or_warn(bad, skip_bad)
+    found = [f for f in found if f not in bad]
+    where, kinds = ', '.join(map(str, paths)), ', '.join(sorted(EXTENSIONS))
+    require(found, f'{where}: no readable image ({kinds}); give another folder or file')
+    return found
+
+
+def _images_below(folder):
+    "The image files below a folder, without hidden ones and those in hidden folders."
+    found = []
+    for path in sorted(folder.rglob('*')):
+        shown = not any(p.startswith('.') for p in path.relative_to(folder).parts)
+        if path.suffix.lower() in EXTENSIONS and path.is_file() and shown:
+            _utf8(path.parent, path.name)
+            found.append(path)
+    return found

@@ -370,7 +370,7 @@ def together(learn):  # a learner of `make_learner`; every process must come her
     for t in learn.model.state_dict().values():
         torch.distributed.broadcast(t, 0)
 
-# %% ../../nbs/method/classifier.ipynb #c0f8b7c4
+# %% ../../nbs/method/classifier.ipynb #44aa0ef4
 def _fit(learn, epochs, settings, progress, callbacks):
     "Train; returns the seconds that it took."
     from fastai.callback.progress import ProgressCallback
@@ -383,7 +383,7 @@ def _fit(learn, epochs, settings, progress, callbacks):
         _watch(stream, has_valid, progress),
         *callbacks,
     ]
-    if has_valid:
+    if has_valid and settings.keep_best:
         cbs.append(_keep_best())
     if hasattr(learn, 'progress'):
         learn.remove_cb(learn.progress)  # notebooks get one by default
@@ -411,7 +411,7 @@ def evaluate(
 def _softmax(x):
     return x.float().softmax(-1)
 
-# %% ../../nbs/method/classifier.ipynb #606ce231
+# %% ../../nbs/method/classifier.ipynb #89e49793
 def train_classifier(
     train,  # real images: an `ImageSet`
     test=None,  # images to report on, never looked at before
@@ -419,7 +419,7 @@ def train_classifier(
     # is the original set alone
     settings: ClassifierSettings | None = None,  # None: the defaults
     *,
-    valid=None,  # images to choose the best of ten moments on; else the last counts
+    valid=None,  # images to follow the accuracy on, at ten moments; the best counts
     seed: int = 0,  # of the weights, the stream and the augmentation
     class_weights=None,  # weight of each category in the loss
     progress=False,  # True for fastai's bar, or a function of (steps done, steps)
