@@ -50,13 +50,13 @@ def train(
         return
     _train(settings)
 
-# %% ../../nbs/app/training.ipynb #e1e6a350
+# %% ../../nbs/app/training.ipynb #c46ff614
 def _train(settings):
     "Read the images, compare, say what came out."
     from diffii.base.files import require
     from diffii.base.images import image_folder
-    from diffii.evaluation.training import compare_training, results_table
-    from diffii.evaluation.training import verdict_text
+    from diffii.evaluation.training import compare_training
+    from diffii.evaluation.training_report import results_table, verdict_text
     from diffii.run.runs import load_synthetic
 
     about, folder = settings.comparison, settings.images.folder
@@ -75,7 +75,7 @@ def _train(settings):
         say(f'note: {note}')
     say(f'see {about.out}/report.html; the better classifier is {about.out}/classifier')
 
-# %% ../../nbs/app/training.ipynb #2d18c5af
+# %% ../../nbs/app/training.ipynb #9cd2e97d
 ClassifierArgument = typer.Argument(help='A folder that diffii train wrote.')
 AskedArgument = typer.Argument(
     metavar='IMAGES...', help='Folders, searched to the bottom, and image files.'

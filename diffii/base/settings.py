@@ -6,8 +6,8 @@
 __all__ = ['WORDS', 'LR_SCHEDULES', 'SOLVERS', 'INTERPOLATIONS', 'FAST', 'setting', 'Spec', 'specs', 'read_value', 'Group',
            'recommended', 'settings_for', 'model_notes', 'ImageSettings', 'ModelSettings', 'ConceptSettings',
            'InversionSettings', 'SamplingSettings', 'ContextSettings', 'RunSettings', 'Settings', 'group_kinds',
-           'checked_groups', 'checked', 'ClassifierSettings', 'DataSettings', 'TrialSettings', 'BenchmarkSettings',
-           'ComparisonSettings', 'TrainSettings', 'read_config', 'config_text']
+           'checked_groups', 'checked', 'ClassifierSettings', 'PushSettings', 'DataSettings', 'TrialSettings',
+           'BenchmarkSettings', 'ComparisonSettings', 'TrainSettings', 'read_config', 'config_text']
 
 # %% ../../nbs/base/settings.ipynb #bd96ba8b
 import inspect
@@ -217,7 +217,32 @@ def model_notes(model: str) -> dict:  # stage -> settings, and the model's versi
     "What `diffii.json` beside a model says; nothing for a model that is not a folder here."
     folder = Path(str(files('diffii'))) / 'tiny' if model == 'tiny' else Path(model)
     file = folder / 'diffii.json'
-    return read_json(file) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    notes = read_json(file)
+    try:
+        _check_notes(notes)
+    except UserError as e:
+        raise UserError(f'{file}: {e}; mend it, or take it away') from e
+    return notes
+
+
+def _check_notes(notes):
+    "Raise `UserError` for recommendations that no group of settings can have."
+    require(isinstance(notes, dict), 'should be an object, as {"sampling": {}}')
+    version = notes.get('version', 1)
+    require(type(version) is int, f'version should be a number, found {version!r:.60}')
+    for group in (ConceptSettings, InversionSettings, SamplingSettings):
+        stage, known = group.stage, {spec.name for spec in specs(group)}
+        found = notes.get(stage, {})
+        parts = found.get('by_metaclass', {}) if isinstance(found, dict) else None
+        ok = isinstance(parts, dict) and all(
+            isinstance(p, dict) for p in parts.values()
+        )
+        require(ok, f'{stage} should hold settings, found {found!r:.60}')
+        for part in ({}, *parts.values()):
+            values = {k: v for k, v in {**found, **part}.items() if k in known}
+            group(**values)
 
 # %% ../../nbs/base/settings.ipynb #21ba8c77
 @dataclass
@@ -452,7 +477,7 @@ class ContextSettings(Group):
     # environment), or a chat model
     summariser: str = setting('cluster')
 
-# %% ../../nbs/base/settings.ipynb #16be5e44
+# %% ../../nbs/base/settings.ipynb #ba5177e0
 @dataclass
 class RunSettings(Group):
     "One run: where it writes, and what it goes on from."
@@ -470,6 +495,8 @@ class RunSettings(Group):
     log: str | None = setting(None)  # a file that gets the progress as lines of JSON
     # write review.html at the end, a page to look through the images
     review: bool = setting(True)
+    # compare the SHA-256 of every image that is there, not its size alone
+    verify: bool = setting(False)
 
 # %% ../../nbs/base/settings.ipynb #ea09d92b
 @dataclass
@@ -583,6 +610,19 @@ class ClassifierSettings(Group):
     # processes that read images which do not fit into that memory
     n_workers: int = setting(0, least=0)
 
+# %% ../../nbs/base/settings.ipynb #c97d465a
+@dataclass
+class PushSettings(Group):
+    "What is pushed to the Hugging Face hub, and who may see it."
+
+    # push the learned concepts of the run, not its images
+    concepts: bool = setting(False)
+    # push the run's state too, concepts, inversions and plan, so that others can go on
+    # with it; it names the training images and places on this machine
+    state: bool = setting(False)
+    # only you see a new repository
+    private: bool = setting(True)
+
 # %% ../../nbs/base/settings.ipynb #8044afb4
 @dataclass
 class DataSettings(Group):
@@ -603,7 +643,7 @@ class DataSettings(Group):
     # use the images that settings are chosen on, of digits or aviary
     tuning: bool = setting(False)
 
-# %% ../../nbs/base/settings.ipynb #87a7e77a
+# %% ../../nbs/base/settings.ipynb #ceb25da4
 @dataclass
 class TrialSettings(Group):
     "What is compared, and how often."
@@ -614,7 +654,7 @@ class TrialSettings(Group):
     imbalance: tuple[float, ...] = setting((), least=1)
     # methods, as original,diff-mix,diff-ii; by default those of the paper
     methods: tuple[str, ...] = setting((), first=True)
-    # of sweeps: the values, as 0,0.3,1
+    # of sweeps: the values, as 0,0.3,1; of few-step: the calls
     values: tuple[float, ...] = setting(())
     trials: int = setting(3, least=1, first=True)  # repetitions of everything
     seed: int = setting(0, first=True)  # seed of the first trial; the next has the next
