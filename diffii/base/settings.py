@@ -7,7 +7,8 @@ __all__ = ['WORDS', 'LR_SCHEDULES', 'SOLVERS', 'INTERPOLATIONS', 'FAST', 'settin
            'recommended', 'settings_for', 'model_notes', 'ImageSettings', 'ModelSettings', 'ConceptSettings',
            'InversionSettings', 'SamplingSettings', 'ContextSettings', 'RunSettings', 'Settings', 'group_kinds',
            'checked_groups', 'checked', 'ClassifierSettings', 'PushSettings', 'DataSettings', 'TrialSettings',
-           'BenchmarkSettings', 'ComparisonSettings', 'TrainSettings', 'read_config', 'config_text']
+           'BenchmarkSettings', 'ComparisonSettings', 'TrainSettings', 'TuningSettings', 'TuneSettings', 'read_config',
+           'config_text']
 
 # %% ../../nbs/base/settings.ipynb #bd96ba8b
 import inspect
@@ -372,7 +373,7 @@ INTERPOLATIONS = ('circle', 'inward', 'none')
 # sampling that needs about a third of the U-Net calls
 FAST = dict(guided=(0.0, 0.6), solver='dpm++', stride=3)
 
-# %% ../../nbs/base/settings.ipynb #22097f8a
+# %% ../../nbs/base/settings.ipynb #7c4f63a5
 @dataclass
 class SamplingSettings(Group):
     """The plan of the synthetic images and their sampling. The defaults are the paper's
@@ -394,6 +395,8 @@ class SamplingSettings(Group):
     # path of a pair's mixtures: circle (Eq. 7), inward for the arc alone (Eq. 5), or none to
     # start from pure noise
     interpolation: str = setting('circle', choices=INTERPOLATIONS)
+    # share of the images that start from noise instead of a circle; the paper has none
+    noise_share: float = setting(0.0, least=0, most=1)
     # bring both inversions of a pair to one norm, which the paper does not
     equal_norms: bool = setting(False)
     # of methods that start from images: fractions of the trajectory that are denoised, as
@@ -477,7 +480,7 @@ class ContextSettings(Group):
     # environment), or a chat model
     summariser: str = setting('cluster')
 
-# %% ../../nbs/base/settings.ipynb #ba5177e0
+# %% ../../nbs/base/settings.ipynb #727aac18
 @dataclass
 class RunSettings(Group):
     "One run: where it writes, and what it goes on from."
@@ -490,7 +493,8 @@ class RunSettings(Group):
     concepts: str | None = setting(None)
     # what follows concept learning: tensorboard, wandb, or another that accelerate knows
     tracker: str | None = setting(None)
-    # steps between the sample pictures that a tracker gets; 0 for none
+    # steps between the sample pictures of concept learning, which lie in its folder and
+    # go to a tracker; 0 for none
     sample_every: int = setting(500, least=0)
     log: str | None = setting(None)  # a file that gets the progress as lines of JSON
     # write review.html at the end, a page to look through the images
@@ -720,6 +724,61 @@ class TrainSettings:
         "What is given of each group, as comparison=dict(seeds=10)."
         given = checked_groups(cls, groups)
         whole = dict(images=ImageSettings, comparison=ComparisonSettings)
+        return cls(**given | {k: kind(**given[k]) for k, kind in whole.items()})
+
+# %% ../../nbs/base/settings.ipynb #5290775e
+@dataclass
+class TuningSettings(Group):
+    "Which settings are tried, and how long."
+
+    # output folder: new, empty, or of the same search, which goes on
+    out: str = setting('diffii-tune', first=True)
+    # choices that are tried, besides the original set alone
+    budget: int = setting(8, least=1, first=True)
+    # methods, as diff-ii,da-fusion; the first value of each setting is where the search
+    # begins
+    methods: tuple[str, ...] = setting(
+        ('diff-ii', 'diff-mix', 'da-fusion'), choices=tuple(METHODS), first=True
+    )
+    # split ratios, of methods that have two stages
+    split_ratios: tuple[float, ...] = setting((0.3, 0.0, 0.7), least=0, most=1)
+    # shares of noise, of methods that start from a circle
+    noise_shares: tuple[float, ...] = setting((0.0, 0.3), least=0, most=1)
+    # probabilities that a synthetic image stands in for a real one
+    replacements: tuple[float, ...] = setting((0.5, 0.3, 0.7), least=0, most=1)
+    # parts of the training images, of which each is held out once; concepts are learned
+    # and images are made anew for each
+    folds: int = setting(4, least=2)
+    seeds: int = setting(2, least=1)  # classifiers for each choice and part
+    seed: int = setting(0)  # of everything
+    # a text file with a context suffix on each line, or a published list
+    suffixes: str | None = setting(None)
+    log: str | None = setting(None)  # a file that gets the progress as lines of JSON
+
+    def check(self):
+        "Each setting has a value to begin with, and every method makes images."
+        for name in ('methods', 'split_ratios', 'noise_shares', 'replacements'):
+            require(getattr(self, name), f'--{name.replace("_", "-")}: give a value')
+        nothing = [m for m in self.methods if METHODS[m].start == 'nothing']
+        require(not nothing, '--methods original: is always tried; leave it out')
+
+# %% ../../nbs/base/settings.ipynb #76a3ca0f
+@dataclass
+class TuneSettings:
+    "All settings of a search, in groups; of some only what is given is kept."
+
+    images: ImageSettings = field(default_factory=ImageSettings)
+    tuning: TuningSettings = field(default_factory=TuningSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    concepts: Annotated[dict, ConceptSettings] = field(default_factory=dict)
+    sampling: Annotated[dict, SamplingSettings] = field(default_factory=dict)
+    classifier: Annotated[dict, ClassifierSettings] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, **groups):
+        "What is given of each group, as tuning=dict(budget=4)."
+        given = checked_groups(cls, groups)
+        whole = dict(images=ImageSettings, tuning=TuningSettings, model=ModelSettings)
         return cls(**given | {k: kind(**given[k]) for k, kind in whole.items()})
 
 # %% ../../nbs/base/settings.ipynb #87366bd7

@@ -35,7 +35,7 @@ class Planner:
     model: str  # written down with every image
     seed: int
 
-# %% ../../nbs/method/synthesis.ipynb #dc8d2fdb
+# %% ../../nbs/method/synthesis.ipynb #9cf4e6bc
 def plan_row(
     plan: Planner,
     k: int,  # category of the real images that it stands in for
@@ -48,7 +48,9 @@ def plan_row(
     # what a further attempt keeps, and what it draws anew
     fixed = generator(plan.seed, 'image', category, j)
     gen = generator(plan.seed, 'image', category, j, *([attempt] if attempt else []))
-    strength, alpha = _strength(plan, k, sources, fixed, gen)
+    start = _start(plan, k, j)
+    sources = () if start == 'noise' else sources
+    strength, alpha = _strength(plan, k, start, sources, fixed, gen)
     target, mixed = _target(plan, k, fixed)
     suffix = _suffix(plan, gen)
     name = f'{j:05d}{f"_from_{k}" if mixed else ""}.png'
@@ -67,7 +69,7 @@ def plan_row(
         strength=strength,
         alpha=alpha,
         suffix=suffix,
-        **_of_sampling(settings),
+        **_of_sampling(settings) | dict(start=start),
     )
 
 # %% ../../nbs/method/synthesis.ipynb #bd63acf1
@@ -96,15 +98,25 @@ def settings_of(row: dict) -> SamplingSettings:
     known = [name for name in names if name != 'start' and name in row]
     return SamplingSettings(**{name: row[name] for name in known})
 
-# %% ../../nbs/method/synthesis.ipynb #c77dd0af
-def _strength(plan, k, sources, fixed, gen):
+# %% ../../nbs/method/synthesis.ipynb #d1ace5b9
+def _start(plan, k, j):
+    "Where an image starts: with a share of noise, that of some is not on the circle."
+    settings = plan.settings
+    if settings.start != 'circle' or not settings.noise_share:
+        return settings.start
+    gen = generator(plan.seed, 'noise share', plan.classes[k], j)
+    chance = torch.rand((), generator=gen).item()
+    return 'noise' if chance < settings.noise_share else 'circle'
+
+
+def _strength(plan, k, start, sources, fixed, gen):
     "The strength of an image, and the angle of its pair; None where it has none."
     settings = plan.settings
-    if settings.start == 'circle':
+    if start == 'circle':
         a, b = (plan.pool.latents[k][i][None] for i in sources)
         alpha = angle(a, b).item()
         return draw_strength(alpha, gen, settings.interpolation), alpha
-    if settings.start == 'image':
+    if start == 'image':
         i = torch.randint(len(settings.strengths), (), generator=fixed)
         return settings.strengths[int(i)], None
     return None, None
@@ -132,7 +144,7 @@ def another_row(plan: Planner, row: dict, attempt: int) -> dict:
     sources = [plan.pool.names[k].index(name) for name in row['sources']]
     return plan_row(plan, k, row['index'], sources, attempt)
 
-# %% ../../nbs/method/synthesis.ipynb #85bc05b4
+# %% ../../nbs/method/synthesis.ipynb #24701961
 def begins_at(row: dict) -> int:  # step
     "The step at which an image's sampling begins."
     return first_step(row['strength'], row['steps']) if row['start'] == 'image' else 0
@@ -174,11 +186,16 @@ def _sources(plan, k, n):
     return draw_pairs(len(names), n, gen, [image_of(name) for name in names])
 
 
+def _beginning(row):
+    "What the rows of a batch have in common: their first step, and what it starts from."
+    return begins_at(row), row['start']
+
+
 def _number_batches(rows, batch_size):
     "Put rows that begin at the same step into batches, in their order."
     batch = -1
-    for first in sorted({begins_at(row) for row in rows}):
-        together = [row for row in rows if begins_at(row) == first]
+    for first in sorted({_beginning(row) for row in rows}):
+        together = [row for row in rows if _beginning(row) == first]
         for i, row in enumerate(together):
             batch += i % batch_size == 0
             row['batch'] = batch
