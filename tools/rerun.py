@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 os.environ.setdefault('GOMP_SPINCOUNT', '1000')
+os.environ['TQDM_DISABLE'] = '1'  # a page keeps no progress bars
 ROOT = Path(__file__).resolve().parent.parent
 SKIPPED = {'gpu', 'notest', 'eval'}
 

@@ -357,6 +357,54 @@ def image_table(
         groups=tuple(row[group] for row in rows) if group else None,
     )
 
+# %% ../../nbs/base/images.ipynb #78038bba
+@patch
+def overview(
+    self: ImageSet,
+    rows: int = 6,  # categories, at the most
+    columns: int = 8,  # images of each, at the most
+    side: int = 64,  # pixels
+) -> Image.Image:
+    "The first images of the first categories: a category in each row."
+    from diffii.base.pictures import grid
+
+    columns = max(1, min(columns, int(self.counts.max(initial=0))))
+    found = []
+    for k in range(len(self.classes))[:rows]:
+        own = [_square(self.open(i), side) for i in self.of_class(k)[:columns]]
+        blank = Image.new('RGB', (side, side), 'white')
+        found += own + [blank] * (columns - len(own))
+    return grid(found, columns, scale=1)
+
+
+def _square(image, side):
+    "An image as a square, small ones with sharp pixels."
+    small = max(image.size) <= side
+    return ImageOps.fit(image, (side, side), Image.NEAREST if small else Image.BICUBIC)
+
+
+@patch
+def caption(self: ImageSet) -> str:
+    "How many images there are, of which categories, in a line."
+    counts = [f'{n} {name}' for name, n in zip(self.classes, self.counts)]
+    more = ['...'] if len(counts) > 6 else []
+    kinds = f'{len(self.classes)} categories ({self.metaclass})'
+    return f'{len(self)} images of {kinds}: {", ".join(counts[:6] + more)}'
+
+
+@patch
+def _repr_html_(self: ImageSet) -> str:
+    "For notebooks: the first images, and how many there are."
+    from html import escape
+
+    from diffii.base.pages import picture_data
+
+    text = escape(self.caption())
+    if not len(self):
+        return f'<p>{text}</p>'
+    data = picture_data(self.overview())
+    return f'<figure><img alt="{text}" src="{data}"><figcaption>{text}</figcaption></figure>'
+
 # %% ../../nbs/base/images.ipynb #5615fc05
 def loose_images(
     paths: list,  # image files, and folders that are searched to the bottom

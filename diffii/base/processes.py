@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAUNCHER', 'MIXED_PRECISION', 'launched', 'lost_partner', 'processes', 'first_makes', 'check_tracker',
-           'training_accelerator', 'Progress']
+           'training_accelerator', 'Progress', 'reporter', 'step_reporter']
 
 # %% ../../nbs/base/processes.ipynb #13e4f5df
 import json
@@ -127,7 +127,7 @@ def training_accelerator(
         raise UserError(f'--tracker {tracker}: {hint}') from e
     return accelerator
 
-# %% ../../nbs/base/processes.ipynb #0b9f38fe
+# %% ../../nbs/base/processes.ipynb #26bfe7d5
 class Progress:
     "A bar for each step and the seconds it took. `heading` stands before the name."
 
@@ -157,11 +157,13 @@ class Progress:
 
     def _open(self, step, done, total):
         "Begin a step, of which `done` may have been made in another run."
-        from tqdm import tqdm
+        from tqdm.auto import tqdm
 
         self.name, self.began, self.first = step, time.time(), done
         text = f'{self.heading + step:<26}'
-        self.bar = tqdm(total=total, desc=text, disable=self.quiet, dynamic_ncols=True)
+        # where it is not quiet, the environment's TQDM_DISABLE decides
+        quiet = dict(disable=True) if self.quiet else {}
+        self.bar = tqdm(total=total, desc=text, dynamic_ncols=True, **quiet)
 
     def close(self):
         "End the step that runs."
@@ -171,6 +173,30 @@ class Progress:
             took = time.time() - self.began
             self.seconds[self.name] = self.seconds.get(self.name, 0) + took
         self.bar = self.name = None
+
+# %% ../../nbs/base/processes.ipynb #6d79f973
+def reporter(
+    progress,  # True for bars, False for none, or a function of (step, done, total)
+):  # -> function of (step, done, total)
+    "What the `progress` of a function with several steps means."
+    if callable(progress):
+        return progress
+    return Progress(quiet=not progress or not processes().is_main_process)
+
+
+def step_reporter(
+    progress,  # True for a bar, False for none, or a function of (done, total, ...)
+    step: str,  # the name of the bar
+):  # -> function of (done, total, ...)
+    "What the `progress` of a function with one step means."
+    if callable(progress):
+        return progress
+    show = reporter(progress)
+
+    def report(done, total, *more):
+        show(step, done, total)
+
+    return report
 
 # %% ../../nbs/base/processes.ipynb #ec338064
 @patch

@@ -197,7 +197,7 @@ def make_synthetic(e: Experiment, condition, configuration, trial, train):
         progress,
     )
 
-# %% ../../nbs/evaluation/experiments.ipynb #a0a4abc1
+# %% ../../nbs/evaluation/experiments.ipynb #b142978d
 def oracle(e: Experiment, classes: tuple):
     "The classifier that names the category of an image; None without images for it."
     from diffii.method.classifier import train_classifier
@@ -208,7 +208,9 @@ def oracle(e: Experiment, classes: tuple):
         images = e.data.plenty(classes, 20 if e.quick else 200)
         steps = 30 if e.quick else 1500
         settings = ClassifierSettings(steps=steps, flip=e.data.flip, device=e.device)
-        e.oracles[classes] = train_classifier(images, settings=settings, seed=e.seed)
+        e.oracles[classes] = train_classifier(
+            images, settings=settings, seed=e.seed, progress=False
+        )
     return e.oracles[classes]
 
 
@@ -294,7 +296,7 @@ def clip_weights(clip: tuple) -> dict:
     file = tag if Path(tag).is_file() else None
     return dict(model=model, pretrained=tag, weights_file=file)
 
-# %% ../../nbs/evaluation/experiments.ipynb #463f743d
+# %% ../../nbs/evaluation/experiments.ipynb #b370592b
 def run_cell(e: Experiment, condition, configuration, trial: int) -> dict:
     "Make the synthetic images of a cell, train its classifier, measure."
     import time
@@ -313,6 +315,7 @@ def run_cell(e: Experiment, condition, configuration, trial: int) -> dict:
         made,
         classifier_settings(e, configuration),
         seed=e.seed + trial,
+        progress=False,
         callbacks=long_tail_callbacks(configuration.long_tail or 'CE', e.seed + trial),
     )
     e.progress(stage, 1, 1)

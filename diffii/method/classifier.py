@@ -6,7 +6,7 @@
 __all__ = ['TrainingStream', 'lr_schedule', 'sgd', 'valid_accuracy', 'make_learner', 'Scores', 'score', 'Result', 'together',
            'evaluate', 'train_classifier']
 
-# %% ../../nbs/method/classifier.ipynb #c365ec8f
+# %% ../../nbs/method/classifier.ipynb #6c890187
 import contextlib
 import time
 from dataclasses import dataclass, field, replace
@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from ..base.backbones import body_and_head, build_model
 from ..base.batches import Pixels, Views, one_hot
 from ..base.files import require
-from ..base.processes import processes
+from ..base.processes import processes, step_reporter
 from ..base.seeds import seed_of
 from ..base.settings import ClassifierSettings
 
@@ -121,8 +121,8 @@ def sgd(params, lr):  # fastai optimizer
 
     return SGD(params, lr=lr, mom=0.9, decouple_wd=False)
 
-# %% ../../nbs/method/classifier.ipynb #12fdaf7e
-def _watch(stream, has_valid, progress):
+# %% ../../nbs/method/classifier.ipynb #d6f34734
+def _watch(stream, has_valid, report):
     "The callback that goes with a training stream."
     from fastai.callback.core import Callback, CancelValidException
 
@@ -142,9 +142,9 @@ def _watch(stream, has_valid, progress):
             require(finite, f'the training loss became {loss}; lower the learning rate')
 
         def after_batch(self):
-            if self.training and callable(progress):
+            if self.training:
                 done = self.epoch * self.n_iter + self.iter + 1
-                progress(done, self.n_epoch * self.n_iter)
+                report(done, self.n_epoch * self.n_iter)
 
     return Watch()
 
@@ -370,28 +370,24 @@ def together(learn):  # a learner of `make_learner`; every process must come her
     for t in learn.model.state_dict().values():
         torch.distributed.broadcast(t, 0)
 
-# %% ../../nbs/method/classifier.ipynb #44aa0ef4
+# %% ../../nbs/method/classifier.ipynb #1607da7a
 def _fit(learn, epochs, settings, progress, callbacks):
     "Train; returns the seconds that it took."
-    from fastai.callback.progress import ProgressCallback
     from fastai.callback.schedule import ParamScheduler
 
     stream, has_valid = learn.dls.train.dataset, len(learn.metrics) > 0
     lr = settings.lr * np.array([settings.body_lr, 1.0])
     cbs = [
         ParamScheduler({'lr': lr_schedule(lr, settings.warmup)}),
-        _watch(stream, has_valid, progress),
+        _watch(stream, has_valid, step_reporter(progress, 'classifier')),
         *callbacks,
     ]
     if has_valid and settings.keep_best:
         cbs.append(_keep_best())
     if hasattr(learn, 'progress'):
         learn.remove_cb(learn.progress)  # notebooks get one by default
-    if progress is True and not stream.rank:
-        cbs.append(ProgressCallback())
-    quiet = contextlib.nullcontext() if progress is True else learn.no_logging()
     began = time.time()
-    with quiet, together(learn):
+    with learn.no_logging(), together(learn):
         learn.fit(epochs, cbs=cbs)
     return time.time() - began
 
@@ -411,7 +407,7 @@ def evaluate(
 def _softmax(x):
     return x.float().softmax(-1)
 
-# %% ../../nbs/method/classifier.ipynb #89e49793
+# %% ../../nbs/method/classifier.ipynb #b134098e
 def train_classifier(
     train,  # real images: an `ImageSet`
     test=None,  # images to report on, never looked at before
@@ -422,7 +418,7 @@ def train_classifier(
     valid=None,  # images to follow the accuracy on, at ten moments; the best counts
     seed: int = 0,  # of the weights, the stream and the augmentation
     class_weights=None,  # weight of each category in the loss
-    progress=False,  # True for fastai's bar, or a function of (steps done, steps)
+    progress=True,  # a bar; False for none, or a function of (steps done, steps)
     callbacks=(),  # fastai callbacks for the time of training
 ) -> Result:
     "Train on real images that synthetic ones replace at times, report on the test set."

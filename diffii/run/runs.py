@@ -6,7 +6,7 @@
 __all__ = ['ATTEMPTS', 'SyntheticSet', 'load_synthetic', 'Run', 'check_run', 'run_suffixes', 'make_or_redraw', 'by_batch',
            'make_missing', 'write_metadata', 'synthesize']
 
-# %% ../../nbs/run/runs.ipynb #240d18de
+# %% ../../nbs/run/runs.ipynb #8b776db8
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +19,7 @@ from ..base.files import UserError, require
 from ..base.images import ImageSet
 from ..base.methods import METHODS, Method
 from ..base.pipeline import Pipeline, model_digest, same_model
-from ..base.processes import check_tracker, processes
+from ..base.processes import check_tracker, processes, reporter
 from ..base.records import short
 from ..base.settings import ConceptSettings, Settings, config_text
 from diffii.method.concepts import (
@@ -55,7 +55,7 @@ from diffii.run.folders import (
 from .pools import build_pool, save_pool
 from fastcore.basics import patch
 
-# %% ../../nbs/run/runs.ipynb #86685413
+# %% ../../nbs/run/runs.ipynb #2cc11078
 @dataclass(frozen=True)
 class SyntheticSet(ImageSet):
     "A folder of synthetic images as an image set, with a metadata row for each."
@@ -76,6 +76,11 @@ class SyntheticSet(ImageSet):
     def subset(self, positions):
         rows = tuple(self.rows[i] for i in positions)
         return replace(super().subset(positions), rows=rows)
+
+    def caption(self) -> str:
+        "How many images there are, by which methods, of which categories, in a line."
+        methods = ', '.join(dict.fromkeys(row['method'] for row in self.rows))
+        return super().caption().replace(' images', f' synthetic images ({methods})', 1)
 
 # %% ../../nbs/run/runs.ipynb #5b28567c
 def load_synthetic(
@@ -443,7 +448,7 @@ def _tidy(run):
     for file in sorted(run.folder.concepts.glob('*.*')):
         run.folder.digests.check(file, RELEARN)
 
-# %% ../../nbs/run/runs.ipynb #ef9123d4
+# %% ../../nbs/run/runs.ipynb #3e16396d
 def synthesize(
     pipe: Pipeline,  # a loaded model
     images: ImageSet,  # the training images
@@ -457,11 +462,13 @@ def synthesize(
     concepts: Concepts | None = None,
     # inversions of these images under these concepts; by default made here and kept
     pool: InversionPool | None = None,
-    progress=lambda stage, done, all: None,  # called after every step of every stage
+    # True for bars, False for none, or a function of (stage, done, all)
+    progress=True,
 ) -> SyntheticSet:
     """Make synthetic images of every category, by Diff-II or another of `METHODS`.
     Raises `UserError` for input that cannot be used, before anything is written."""
     settings = settings or Settings.of(pipe, images.metaclass)
+    progress = reporter(progress)
     if suffixes is None:
         suffixes, _ = run_suffixes(settings, images, out, progress)
     run = Run(pipe, images, RunFolder(out), settings, list(suffixes), progress)

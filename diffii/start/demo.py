@@ -53,7 +53,7 @@ def _synthetic(pipe, data, real, out, seed, quick, progress):
     )
     return synthesize(pipe, real, out, settings, data.suffixes, progress=progress)
 
-# %% ../../nbs/start/demo.ipynb #7f05cf71
+# %% ../../nbs/start/demo.ipynb #66ea117d
 def compare(
     real,  # ImageSet
     synthetic,  # SyntheticSet
@@ -70,7 +70,9 @@ def compare(
     for seed in seeds:
         for name, extra in zip(found, (None, synthetic)):
             progress('classifiers', done, total)
-            result = train_classifier(real, test, extra, settings, seed=seed)
+            result = train_classifier(
+                real, test, extra, settings, seed=seed, progress=False
+            )
             found[name] += 100 * result.accuracy / len(seeds)
             done += 1
     progress('classifiers', done, total)
