@@ -19,6 +19,8 @@ from .base.settings import (
     RunSettings,
     SamplingSettings,
     Settings,
+    TrainSettings,
+    TuneSettings,
 )
 from .data.aviary import aviary_set, waterbirds_twin
 from .data.digits import digit_suffixes, digits_set
@@ -45,6 +47,7 @@ from .run.summarisers import parse_suffixes
 from .run.review import load_concepts, remake, status
 from .run.sharing import push
 from .run.runs import SyntheticSet, load_synthetic, synthesize
+from .evaluation.classifier_files import load_classifier, save_classifier
 from .evaluation.experiments import benchmark
 from .evaluation.gallery import write_review
 from .evaluation.long_tail import (
@@ -66,6 +69,8 @@ from .evaluation.metrics import (
     spread,
 )
 from .evaluation.tables import show_results
+from .evaluation.training import compare_training
+from .evaluation.tuning import tune
 from .start.demo import demo
 
 __all__ = sorted(name for name in globals() if not name.startswith('_'))

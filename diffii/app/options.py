@@ -24,7 +24,7 @@ from diffii.base.settings import (
     specs,
 )
 
-# %% ../../nbs/app/options.ipynb #e35a6a89
+# %% ../../nbs/app/options.ipynb #f730ef00
 TITLES = dict(
     images='Images',
     model='Model',
@@ -35,6 +35,8 @@ TITLES = dict(
     run='Run',
     data='Data set',
     trials='Trials',
+    comparison='Comparison',
+    tuning='Search',
     classifier='Classifier',
 )
 FIRST = 'Most needed'
@@ -85,7 +87,7 @@ def _typed(value):
         return f'{value:g}'
     return '' if value is None else str(value)
 
-# %% ../../nbs/app/options.ipynb #b91979dd
+# %% ../../nbs/app/options.ipynb #52d745b2
 def takes(
     kinds: dict,  # name of a group -> its class, or a function
     only: tuple = (),  # names of settings; by default all
@@ -114,7 +116,7 @@ def takes(
         own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
         every = [
             *own,
-            *(option_of(*pair, words.get(pair[1].name, '')) for pair in found),
+            *(option_of(*pair, words.get(pair[1].option, '')) for pair in found),
         ]
         command.__signature__ = inspect.Signature(every)
         command.__annotations__ = {p.name: p.annotation for p in every}

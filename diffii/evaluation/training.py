@@ -8,7 +8,7 @@ __all__ = ['RECORD', 'SMALL', 'OWN_WEIGHTS', 'Comparison', 'fold_numbers', 'with
            'read_results', 'summarise', 'changed_images', 'keep_first', 'keep_better', 'about_comparison', 'alone',
            'train_missing', 'compare_training']
 
-# %% ../../nbs/evaluation/training.ipynb #dc578102
+# %% ../../nbs/evaluation/training.ipynb #49876183
 import contextlib
 import hashlib
 import json
@@ -23,14 +23,15 @@ from fastcore.basics import patch
 
 from ..base.files import UserError, require, write_json
 from ..base.images import ImageSet
+from ..base.processes import reporter
 from ..base.records import RESTORE, read_record, write_record
 from ..base.seeds import seed_of
 from ..base.settings import ClassifierSettings, ComparisonSettings, TrainSettings
 from .classifier_files import NOTES, Notes, copy_classifier
 from .classifier_files import save_classifier
 from .tables import verdict_of
-from .training_report import FOLLOWED, KINDS, results_table
-from .training_report import verdict_text, write_training_report
+from .training_report import FOLLOWED, KINDS, ComparisonResults
+from .training_report import write_training_report
 from ..run.folders import RunFolder, claim, holds_run, run_record
 
 # %% ../../nbs/evaluation/training.ipynb #e9700f48
@@ -315,7 +316,7 @@ def fold_table(self: Comparison) -> np.ndarray:  # (S, n)
         return np.zeros((len(self.seeds), len(self.test)), dtype=int)
     return np.stack([fold_numbers(self.images, n, seed) for seed in self.seeds])
 
-# %% ../../nbs/evaluation/training.ipynb #9e4ef89b
+# %% ../../nbs/evaluation/training.ipynb #d362006a
 @dataclass
 class Cell:
     "What is kept of one classifier."
@@ -351,7 +352,7 @@ def read_results(c: Comparison) -> tuple:  # (kind -> (S, n) predictions, kind -
     return predicted, cells
 
 
-def summarise(c: Comparison) -> dict:  # what stands in results.json
+def summarise(c: Comparison) -> ComparisonResults:  # what stands in results.json
     "Accuracies, the verdict, and all that the report shows."
     predicted, cells = read_results(c)
     labels = np.asarray(c.tested.labels)
@@ -359,7 +360,7 @@ def summarise(c: Comparison) -> dict:  # what stands in results.json
     mean, half = c.interval(right[KINDS[1]] - right[KINDS[0]])
     better = KINDS[1] if mean > 0 else KINDS[0]
     gain = dict(mean=mean, interval=_known(half), verdict=verdict_of(mean, half))
-    return dict(
+    return ComparisonResults(
         accuracy={kind: _accuracy(c, right[kind]) for kind in KINDS},
         gain=gain,
         kept=better,
@@ -369,7 +370,7 @@ def summarise(c: Comparison) -> dict:  # what stands in results.json
         confusion={kind: _confusion(c, predicted[kind]) for kind in KINDS},
         curves={kind: _mean_curve(cells[kind]) for kind in KINDS},
         changed=changed_images(c, predicted),
-        classifier=asdict(c.classifier),
+        classifier=json.loads(json.dumps(asdict(c.classifier))),
     )
 
 
@@ -462,7 +463,7 @@ def keep_better(c: Comparison, kind: str):
     result = train_classifier(*of_kind, seed=c.seeds[0], progress=report)
     save_classifier(result, folder, **about)
 
-# %% ../../nbs/evaluation/training.ipynb #b9fd622f
+# %% ../../nbs/evaluation/training.ipynb #762a978a
 def about_comparison(c: Comparison) -> dict:
     "What decides the numbers, as it can stand in JSON."
     places = ('device', 'cache_gb', 'n_workers')
@@ -497,7 +498,7 @@ def alone(out):
         )
         raise UserError(f'{text} folder') from e
 
-# %% ../../nbs/evaluation/training.ipynb #75a6f481
+# %% ../../nbs/evaluation/training.ipynb #5d6cd404
 def train_missing(c: Comparison):
     "Train the classifiers that have no cell yet."
     jobs, steps = c.jobs(), c.classifier.steps
@@ -523,11 +524,12 @@ def compare_training(
     synthetic,  # `SyntheticSet` that was made from it
     test: ImageSet | None = None,  # by default cross-validation
     settings: TrainSettings | None = None,
-    progress: Callable = lambda stage, done, total: None,
-) -> dict:  # what stands in results.json
+    progress=True,  # bars; False for none, or a function of (stage, done, total)
+) -> ComparisonResults:  # what stands in results.json
     """Classifiers with and without synthetic images, a report, and the better one of them,
     in the output folder of the settings. Raises `UserError` before anything is written."""
     settings = settings or TrainSettings()
+    progress = reporter(progress)
     about, out = settings.comparison, Path(settings.comparison.out)
     going_on = holds_run(out, RECORD)
     before = run_record(out, RECORD).get('classifier') if going_on else None
@@ -538,7 +540,8 @@ def compare_training(
     claim(out, about_comparison(c), RECORD)
     with alone(out):
         train_missing(c)
-        results = summarise(c) | dict(notes=[n for n in (line, *_notes(c)) if n])
+        results = summarise(c)
+        results['notes'] = [n for n in (line, *_notes(c)) if n]
         write_json(out / 'results.json', results)
         write_training_report(out / 'report.html', results, c.tested)
         keep_better(c, results['kept'])
