@@ -133,7 +133,7 @@ def paper_classifier(preset: str, dataset: str) -> dict:  # of `ClassifierSettin
     found.pop('flip', None)  # that is the data set's own
     return found
 
-# %% ../../nbs/evaluation/experiments.ipynb #a700a7ac
+# %% ../../nbs/evaluation/experiments.ipynb #fe46a80b
 def trial_concepts(e: Experiment, condition, trial, train, settings: Settings):
     "The concepts of a trial, learned once for all that learn the same; None for names."
     from diffii.base.methods import METHODS
@@ -149,6 +149,7 @@ def trial_concepts(e: Experiment, condition, trial, train, settings: Settings):
         e.seed + trial,
         e.work(condition, trial, learn),
         lambda step, n, loss: e.progress(f'{condition.name} {trial}: {learn}', step, n),
+        sample_every=0,
     )
 
 
