@@ -1,8 +1,5 @@
 "What a notebook shows of sets, concepts and results, and bars of progress."
 
-import io
-import sys
-
 import pytest
 from garden import photo
 
@@ -43,23 +40,20 @@ def test_a_comparison_shows_its_table_and_verdict():
 
 
 @pytest.fixture()
-def errors(monkeypatch):
-    "What is written to the error stream."
-    file = io.StringIO()
-    monkeypatch.setattr(sys, 'stderr', file)
+def bars(monkeypatch):
+    "Bars as they are where the environment says nothing of them."
     monkeypatch.delenv('TQDM_DISABLE', raising=False)
-    return file
 
 
-def test_a_bar_is_shown_by_default(errors):
+def test_a_bar_is_shown_by_default(bars, capfd):
     step_reporter(True, 'classifier')(1, 1)
-    assert 'classifier' in errors.getvalue()
+    assert 'classifier' in capfd.readouterr().err
 
 
-def test_no_bar_is_shown_where_none_is_wanted(errors):
+def test_no_bar_is_shown_where_none_is_wanted(bars, capfd):
     step_reporter(False, 'classifier')(1, 1)
     Progress(quiet=True)('inversion', 1, 1)
-    assert not errors.getvalue()
+    assert not capfd.readouterr().err
 
 
 def test_a_function_is_called_instead():
