@@ -2,17 +2,26 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import clean_environment
 from PIL import Image
 
 from diffii.base.files import UserError
 from diffii.base.images import few_shot
-from diffii.base.processes import Progress, check_tracker, first_makes, processes
+from diffii.base.processes import (
+    LAUNCHER,
+    Progress,
+    check_tracker,
+    first_makes,
+    processes,
+)
 from diffii.data.digits import digits_set
 
 
@@ -90,6 +99,25 @@ def test_the_log_has_few_lines_and_the_last(tmp_path):
     last = json.loads(lines[-1])
     assert 2 <= len(lines) < 50
     assert (last['step'], last['done'], last['total']) == ('fast', 50, 50)
+
+
+@pytest.mark.parametrize(
+    'given, found',
+    [
+        (dict(WORLD_SIZE='abc'), "WORLD_SIZE='abc': no number"),
+        (dict(WORLD_SIZE='0'), "WORLD_SIZE='0': no number"),
+        (dict(WORLD_SIZE='2'), 'without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT'),
+        (dict(WORLD_SIZE='2', RANK='0', LOCAL_RANK='0'), 'without MASTER_ADDR'),
+    ],
+)
+def test_half_a_launch_is_one_line(monkeypatch, given, found):
+    for name in ('WORLD_SIZE', *LAUNCHER):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+
+    with pytest.raises(UserError, match=found):
+        processes()
 
 
 # ---- synthesis in two processes
@@ -270,3 +298,50 @@ def test_a_benchmark_in_two_processes(tmp_path):
     assert done.stdout.count('see ') == 1
     assert {'table.csv', 'table.json', 'plot.png'} <= files
     assert len(list((tmp_path / 'b' / 'cells').glob('*.json'))) == 2
+
+
+# ---- one of two is killed
+
+
+def pair(folder):
+    "The same run in two processes, started by hand as a launcher does."
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = str(s.getsockname()[1])
+    env = clean_environment() | dict(HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
+    env |= dict(WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+    line = [sys.executable, '-m', 'diffii', 'augment', 'digits', '--out', 'pair']
+    return [
+        subprocess.Popen(
+            [*line, *SMALL_RUN],
+            env=env | dict(RANK=str(i), LOCAL_RANK=str(i)),
+            cwd=folder,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+
+
+def test_when_one_of_two_is_killed_the_other_ends_and_the_run_goes_on(tmp_path):
+    save_digits(tmp_path / 'digits')
+    first, second = pair(tmp_path)
+    try:
+        while not (tmp_path / 'pair/.diffii/run.json').is_file():
+            assert first.poll() is None, first.stderr.read()
+            time.sleep(0.05)
+
+        second.kill()
+
+        said = first.communicate(timeout=60)[1]
+        assert first.returncode == 2, said
+        last = said.strip().splitlines()[-1]
+        assert last.startswith('diffii: another process of this run has ended')
+        assert 'Traceback' not in said
+    finally:
+        first.kill()
+        second.kill()
+
+    again = pair(tmp_path)
+    said = [process.communicate(timeout=300)[1] for process in again]
+    assert [process.returncode for process in again] == [0, 0], said

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TINY', 'KINDS', 'NO_CHECKER', 'NETWORKS', 'folder_of', 'read_checkpoint']
 
-# %% ../../nbs/base/checkpoints.ipynb #c8d80419
+# %% ../../nbs/base/checkpoints.ipynb #23365e10
+import math
 import warnings
 from importlib.resources import files
 from pathlib import Path
@@ -64,27 +65,56 @@ def _unreadable(settings, folder, e):  # -> `UserError`
         "folder, or use 'tiny'"
     )
 
-# %% ../../nbs/base/checkpoints.ipynb #e222ee1d
+# %% ../../nbs/base/checkpoints.ipynb #42e1f81c
 def _read_quietly(settings):  # -> diffusers pipeline
     "Read a checkpoint without the libraries' own bars and warnings."
     import diffusers
     import transformers
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    from safetensors import SafetensorError
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    fetching = HfHubHTTPError, LocalEntryNotFoundError
-    reading = OSError, ValueError, KeyError, SafetensorError
     folder = folder_of(settings.model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            return _read(settings, folder)
+            pipe = _read(settings, folder)
+            _check_parts(pipe, settings)
+            return pipe
     except UserError:
         raise
-    except (*fetching, *reading) as e:
+    except Exception as e:  # a configuration that cannot be fails in any way
         raise _unreadable(settings, folder, e) from e
+
+# %% ../../nbs/base/checkpoints.ipynb #9df13d5b
+def _check_parts(pipe, settings):
+    "Raise `UserError` unless the configurations of the parts can go together."
+    unet, vae, model = pipe.unet.config, pipe.vae.config, f'--model {settings.model}'
+    hint = 'get another copy'
+
+    side = unet.sample_size
+    side = side if isinstance(side, int) else side[0]
+    require(0 < side <= 4096, f'{model}: sample_size {side} of the U-Net; {hint}')
+
+    both = unet.in_channels, vae.latent_channels
+    text = f'{model}: the U-Net has {both[0]} channels, the autoencoder {both[1]}'
+    require(both[0] == both[1] == unet.out_channels, f'{text}; {hint}')
+
+    scale = vae.scaling_factor
+    text = f'{model}: scaling_factor {scale} of the autoencoder'
+    require(math.isfinite(scale) and scale > 0, f'{text}; {hint}')
+
+    encoders = [
+        getattr(pipe, name, None) for name in ('text_encoder', 'text_encoder_2')
+    ]
+    width = sum(e.config.hidden_size for e in encoders if e is not None)
+    text = f'{model}: prompts have a width of {width}, the U-Net takes'
+    taken = unet.cross_attention_dim
+    require(width == taken, f'{text} {taken}; {hint}')
+
+    abar = pipe.scheduler.alphas_cumprod
+    falls = len(abar) == 1000 and bool((abar.diff() <= 0).all() and (abar >= 0).all())
+    text = f'{model}: the scheduler does not fall from 1 to 0 in 1000 timesteps'
+    require(falls and bool((abar <= 1).all()), f'{text}; {hint}')
 
 # %% ../../nbs/base/checkpoints.ipynb #2fc4f6d2
 def _check(pipe, settings):

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..base.files import folder_name, read_json, require, save_png, write_json
+from ..base.files import folder_name, require, save_png
 from ..base.pictures import grid
+from ..base.records import write_record
 from ..base.seeds import seed_of
 from ..base.settings import BenchmarkSettings, ClassifierSettings, ConceptSettings
 from ..base.settings import Settings, model_notes
@@ -440,7 +441,7 @@ def benchmark(
         return None
     for condition, configuration, trial in todo:
         numbers = run_cell(e, condition, configuration, trial)
-        write_json(e.cell(condition, configuration, trial), numbers)
+        write_record(e.cell(condition, configuration, trial), numbers)
     arch = ClassifierSettings(**classifier).arch
     return write_tables(e.out, task, grid_, arch)
 
