@@ -132,7 +132,10 @@ def save_tensors(
 AGAIN = 'delete it to make it again'
 
 
-def load_tensors(path):  # -> (tensors, notes)
+def load_tensors(
+    path,
+    sealed: bool = False,  # must it have a digest?
+):  # -> (tensors, notes)
     "Read what `save_tensors` wrote. Raises `DamagedFile`, which names the file."
     from safetensors import SafetensorError, safe_open
 
@@ -144,7 +147,7 @@ def load_tensors(path):  # -> (tensors, notes)
         text = f'{path}: not a readable safetensors file ({_first_line(e)}); {AGAIN}'
         raise DamagedFile(text) from e
     seal = meta.pop(SEAL, None) if isinstance(meta, dict) else ''
-    if seal is not None and seal != tensors_digest(tensors, meta):
+    if (sealed or seal is not None) and seal != tensors_digest(tensors, meta):
         raise DamagedFile(f'{path}: was changed since it was written; {AGAIN}')
     return tensors, meta
 

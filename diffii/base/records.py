@@ -141,7 +141,7 @@ def read_tensors(
     remedy: str = RESTORE,
 ) -> tuple:  # (tensors, notes)
     "Tensors and notes. Raises `UserError` for notes of another shape, and what lacks."
-    tensors, notes = load_tensors(file)
+    tensors, notes = load_tensors(file, sealed=True)
     check_record(json.dumps(notes), shape, file, remedy)
     lacking = ', '.join(name for name in names if name not in tensors)
     require(not lacking, f'{file}: has no {lacking}; {remedy}')
