@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from diffii.base.backbones import head_of, square
+from diffii.base.embeddings import clip_model
 from diffii.base.features import lpips_model
 from diffii.base.files import UserError
 from diffii.base.images import few_shot
@@ -14,7 +15,6 @@ from diffii.base.settings import ClassifierSettings
 from diffii.data.digits import digits_set
 from diffii.evaluation.metrics import (
     class_consistency,
-    clip_model,
     clip_score,
     features,
     fid,

@@ -354,7 +354,7 @@ def _scores(task, result, train, test, made) -> dict:
 def check(e: Experiment, grid_: list):
     "Raise `UserError` for what cannot be run of a grid of conditions."
     from diffii.base.backbones import build_model
-    from diffii.evaluation.metrics import clip_model
+    from diffii.base.embeddings import clip_model
 
     for condition in grid_:
         train, test = condition.sample(0)
