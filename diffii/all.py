@@ -12,6 +12,7 @@ from .base.settings import (
     ConceptSettings,
     ContextSettings,
     FAST,
+    FilterSettings,
     ImageSettings,
     InversionSettings,
     ModelSettings,
@@ -44,6 +45,7 @@ from .run.contexts import choose_suffixes, get_captioner, get_summariser
 from .run.concept_files import export_concepts, import_concepts, open_concepts
 from .run.pools import build_pool, load_pool, save_pool
 from .run.summarisers import parse_suffixes
+from .run.dropping import drop, drop_worst, keep, refill, score
 from .run.review import load_concepts, remake, status
 from .run.sharing import push
 from .run.runs import SyntheticSet, load_synthetic, synthesize

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,43 @@ def run():
         return done
 
     return _run
+
+
+@dataclass
+class Answer:
+    "What the command printed, and the code that it ended with."
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def line(self):
+        "The one line of an error."
+        lines = self.err.strip().splitlines()
+        assert self.code == 2, self.err
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith('diffii: ')
+        return lines[0]
+
+
+@pytest.fixture
+def say(monkeypatch, capsys):
+    "Run the command in this process, which spares the seconds of its imports."
+
+    from diffii.app.cli import main
+
+    def run(*args):
+        monkeypatch.setattr(sys, 'argv', ['diffii', *map(str, args)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as e:
+            code = e.code or 0
+        return Answer(code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope='session')

@@ -7,7 +7,7 @@ __all__ = ['app', 'VersionOption', 'SMALL_MODEL', 'FolderArgument', 'VerifyOptio
            'TaskArgument', 'DatasetOption', 'BenchmarkOut', 'top', 'main', 'augment', 'status', 'remake', 'demo',
            'speed', 'benchmark']
 
-# %% ../../nbs/app/cli.ipynb #fe6702da
+# %% ../../nbs/app/cli.ipynb #032687bb
 import sys
 import warnings
 from pathlib import Path
@@ -17,6 +17,7 @@ import typer
 
 from . import training
 from .looking import review
+from .dropping import drop, score
 from diffii.app.options import (
     FIRST,
     ConfigOption,
@@ -239,6 +240,10 @@ def remake(
 
 # %% ../../nbs/app/cli.ipynb #58a5637b
 app.command()(review)
+
+# %% ../../nbs/app/cli.ipynb #39d29449
+app.command()(score)
+app.command()(drop)
 
 # %% ../../nbs/app/cli.ipynb #54b5309c
 def _demo_kinds():

@@ -24,7 +24,7 @@ from diffii.base.settings import (
     specs,
 )
 
-# %% ../../nbs/app/options.ipynb #f730ef00
+# %% ../../nbs/app/options.ipynb #297d3f8b
 TITLES = dict(
     images='Images',
     model='Model',
@@ -32,6 +32,7 @@ TITLES = dict(
     inversion='Inversion',
     contexts='Contexts',
     sampling='Sampling',
+    filter='Filter',
     run='Run',
     data='Data set',
     trials='Trials',

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCORERS', 'Scoring', 'folds_of', 'classifier_scores', 'targets_of', 'denoising_errors', 'denoising_scores',
-           'distances', 'lpips_scores', 'features_scores', 'clip_scores', 'Scorer', 'scores_of', 'worst', 'nearest',
-           'drop_candidates']
+           'distances', 'lpips_scores', 'features_scores', 'clip_scores', 'Scorer', 'scores_of', 'worst',
+           'score_folder', 'worst_names', 'filter_folder', 'check_filter', 'nearest', 'drop_candidates']
 
-# %% ../../nbs/run/filters.ipynb #9776ab32
+# %% ../../nbs/run/filters.ipynb #c792c7d5
 from ..base.backbones import build_model, square
 from ..base.batches import one_hot
 from ..base.embeddings import clip_model, clip_vectors, run_network
@@ -15,6 +15,7 @@ from ..base.features import lpips_features, lpips_model
 from ..base.files import require, write_json
 from ..base.images import ImageSet
 from ..base.pipeline import Pipeline
+from ..base.processes import processes
 from ..base.prompts import clean_text, prompt_of
 from ..base.records import inside, read_record
 from ..base.seeds import generator, seed_of
@@ -27,7 +28,7 @@ from .folders import DROPPED, RunFolder
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -118,7 +119,7 @@ def targets_of(made: ImageSet) -> np.ndarray:  # (n, K)
     soft = getattr(made, 'targets', None)
     return one_hot(made.labels, len(made.classes)) if soft is None else soft
 
-# %% ../../nbs/run/filters.ipynb #981d81a2
+# %% ../../nbs/run/filters.ipynb #afc4b221
 def denoising_errors(
     pipe: Pipeline,
     latents: torch.Tensor,  # (n, c, h, w)
@@ -127,7 +128,7 @@ def denoising_errors(
     seed: int = 0,
 ) -> torch.Tensor:  # (n, prompts)
     "Mean squared error of the noise predicted under each prompt, the same noises for all."
-    abar, conds = pipe.abar(), pipe.encode_prompts(prompts)
+    abar = pipe.abar()
     levels = [int((j + 0.5) / noises * len(abar)) for j in range(noises)]
     gen = generator(seed, 'denoising score')
     noise = torch.randn((noises, *latents.shape[1:]), generator=gen)
@@ -229,18 +230,24 @@ def _unit(vectors):
     "Vectors brought to length 1."
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
-# %% ../../nbs/run/filters.ipynb #e3d5c9ea
+# %% ../../nbs/run/filters.ipynb #85414607
 def clip_scores(job: Scoring) -> np.ndarray:
     "Probability of the own category's name among all names, by CLIP."
-    name, _, tag = job.settings.clip.partition(':')
-    file = dict(weights_file=tag) if Path(tag).is_file() else dict(pretrained=tag)
-    clip = clip_model(name, **file)
+    clip = _open_clip(job.settings)
     names = [clean_text(c.replace('_', ' ')) for c in job.made.classes]
     prompts = [prompt_of([n], job.made.metaclass) for n in names]
     images, texts = clip_vectors(clip, job.made, prompts)
     scale = clip[0].logit_scale.exp().cpu()
     p = (scale * images @ texts.T).softmax(1).numpy()
     return (p * targets_of(job.made)).sum(1)
+
+
+def _open_clip(settings):
+    "CLIP by name and tag, or by name and file of weights."
+    name, _, tag = settings.clip.partition(':')
+    if Path(tag).is_file():
+        return clip_model(name, weights_file=tag)
+    return clip_model(name, tag)
 
 # %% ../../nbs/run/filters.ipynb #ad571b05
 @dataclass(frozen=True)
@@ -290,6 +297,75 @@ def worst(
         found += order[: round(share * len(own))].tolist()
     return sorted(found)
 
+# %% ../../nbs/run/filters.ipynb #53b90bc9
+def score_folder(
+    job: Scoring,  # `made` is what `load_synthetic` read from the folder
+    folder: RunFolder,
+    name: str,  # one of `SCORERS`
+) -> dict:  # number, or None, of each image by its file name
+    "Score the images that have no score yet; what was scored before is in the dict too."
+    kept = folder.image_scores()
+    about = json.loads(json.dumps(_about(job)))
+    own = kept.get(name, {})
+    if own.get('about') != about:  # scored with other settings
+        own = dict(about=about, scores={})
+    rows, known = job.made.rows, own['scores']
+    names = [row['file_name'] for row in rows]
+    attempts = [row['attempt'] for row in rows]
+    new = [i for i, n in enumerate(names) if known.get(n, [None])[0] != attempts[i]]
+    found = scores_of(replace(job, made=job.made.subset(new)), name)
+    known |= {names[i]: [attempts[i], x] for i, x in zip(new, found)}
+    write_json(folder.scores, kept | {name: own})
+    return {n: number for n, (_, number) in known.items()}
+
+
+def _about(job):
+    "What the scores depend on, beside the images."
+    settings = asdict(job.settings)
+    aside = ('by', 'keep', 'below')
+    return {k: v for k, v in settings.items() if k not in aside} | dict(seed=job.seed)
+
+# %% ../../nbs/run/filters.ipynb #b863464b
+def worst_names(
+    folder: RunFolder,
+    scores: dict,  # number, or None, of each image by its file name
+    share: float,  # of each category's images
+    below: float | None = None,  # a threshold, instead of the share
+) -> list:  # file names
+    "The images of a folder that score lowest."
+    label = {row['file_name']: row['label'] for row in folder.last_rows()}
+    names = [n for n in scores if n in label]
+    numbers, labels = [scores[n] for n in names], [label[n] for n in names]
+    return [names[i] for i in worst(numbers, labels, share, below)]
+
+
+def filter_folder(job: Scoring, folder: RunFolder):
+    "Leave out what the filter of the settings finds the worst, once."
+    settings, chosen = job.settings, folder.chosen()
+    scores = score_folder(job, folder, settings.by)
+    gone = worst_names(folder, scores, 1 - settings.keep, settings.below)
+    dropped = {name: f'--filter {settings.by}' for name in gone} | chosen['dropped']
+    folder.choose(dropped=dropped, filtered=[*chosen['filtered'], asdict(settings)])
+
+
+def check_filter(images: ImageSet, settings: FilterSettings):
+    "Raise `UserError` for a filter that would stop at the end of a run."
+    text = f'--filter {settings.by}: needs'
+    if settings.by == 'classifier':
+        enough = images.counts.max() >= 3
+        require(enough, f'{text} three images of a category; use another')
+        # of several processes the first one filters, but all would have to train
+        alone = processes().num_processes == 1
+        require(alone, f'{text} one process; leave it out, then: diffii score')
+    elif settings.by == 'denoising':
+        require(len(images.classes) > 1, f'{text} two categories; use another')
+    elif settings.by == 'clip':
+        _open_clip(settings)
+    elif settings.by == 'lpips':
+        lpips_model(settings.lpips)
+    elif settings.by == 'features':
+        build_model(settings.features, 2, 224, pretrained=True)
+
 # %% ../../nbs/run/filters.ipynb #4f0b8f5e
 def nearest(
     real: list,  # RGB images of one category
@@ -302,7 +378,7 @@ def nearest(
     far = distances(real, candidates, net, batch_size)
     return sorted(far.argsort(stable=True)[:keep].tolist())
 
-# %% ../../nbs/run/filters.ipynb #70e947d7
+# %% ../../nbs/run/filters.ipynb #6a3f4c79
 def drop_candidates(
     images: ImageSet,  # the real images
     plan: list,  # rows of all candidates
@@ -323,8 +399,11 @@ def drop_candidates(
 
 def _far_ones(images, k, plan, folder, candidates, net):
     "Names of the candidates of one category that are not kept."
-    own = [row for row in plan if row['label'] == images.classes[k]]
+    label = images.classes[k]
+    own = [row for row in plan if row['label'] == label]
+    keep = len(own) // candidates
+    own = [row for row in own if folder.file(row).is_file()]  # others were dropped
     real = [images.open(i) for i in images.of_class(k)]
     made = [Image.open(folder.file(row)).convert('RGB') for row in own]
-    kept = set(nearest(real, made, len(own) // candidates, net))
+    kept = set(nearest(real, made, keep, net))
     return [row['file_name'] for i, row in enumerate(own) if i not in kept]

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CLUTTER', 'FORMAT', 'BEFORE', 'ASIDE', 'LOST', 'LEAST', 'MOST', 'N_SOURCES', 'AGAIN', 'write_rows', 'STATE', 'RECORD',
            'DROPPED', 'PATIENCE', 'holds_run', 'differences', 'claim', 'Head', 'run_record', 'tentative', 'Row',
-           'read_rows', 'RunRecord', 'RunFolder', 'bring_up']
+           'read_rows', 'RunRecord', 'Choices', 'ImageScores', 'RunFolder', 'held', 'bring_up']
 
-# %% ../../nbs/run/folders.ipynb #732a0750
+# %% ../../nbs/run/folders.ipynb #137360a8
 import contextlib
 import json
 import math
@@ -19,6 +19,7 @@ from typing import Literal
 
 from ..base.files import IMAGES, UserError, require, write_json
 from ..base.processes import processes
+from fastcore.basics import patch
 from diffii.base.records import (
     dump_lines,
     inside,
@@ -166,7 +167,7 @@ LEAST |= dict(steps=1, stride=1)
 MOST = dict(label_weight=1, split_ratio=1, steps=1000)
 N_SOURCES = dict(circle=2, image=1, noise=0)  # images that one starts from
 
-# %% ../../nbs/run/folders.ipynb #b4d3c89e
+# %% ../../nbs/run/folders.ipynb #d79852f5
 @dataclass
 class Row:
     "Everything that makes one synthetic image: a line of a plan, or of metadata."
@@ -200,6 +201,7 @@ class Row:
     few_step: str | None = None  # few-step weights, as they were named
     calls: int | None = None  # of the U-Net, with few-step weights
     fresh_noise: float | None = None
+    scores: dict[str, float] | None = None  # in metadata: what filters say of it
 
     def __post_init__(self):
         "Numbers are within bounds. Raises `UserError`."
@@ -257,7 +259,25 @@ class RunRecord(Head):
         ok = self.size >= 8 and self.batch_size >= 1
         require(ok, 'size and batch_size should be 8 and 1 or more')
 
-# %% ../../nbs/run/folders.ipynb #7ae57ac7
+# %% ../../nbs/run/folders.ipynb #baa46848
+@dataclass
+class Choices:
+    "What of the plan is used: `choices.json`."
+
+    dropped: dict[str, str]  # images that are left out, and why
+    refilled: list[Row]  # rows of images that replace others, from another seed
+    filtered: list[dict]  # settings of the filters that were applied
+
+
+@dataclass
+class ImageScores:
+    "What images scored: a value of `scores.json`."
+
+    about: dict  # what the scores depend on
+    # of each image its attempt, and the score or None
+    scores: dict[str, tuple[int, float | None]]
+
+# %% ../../nbs/run/folders.ipynb #0e77cca8
 class RunFolder:
     "The output folder of a run: where things are, and what they say."
 
@@ -277,6 +297,9 @@ class RunFolder:
         self.redrawn = self.state / 'redrawn'
         self.dropped = self.state / 'dropped.json'
         self.digests = Digests(self.path, STATE)
+        self.choices = self.state / 'choices.json'
+        self.aside = self.state / 'aside'  # images that were dropped
+        self.scores = self.state / 'scores.json'
 
     def about(self) -> dict:
         "The run's record. Raises `UserError` where there is none."
@@ -290,27 +313,71 @@ class RunFolder:
         "Where a row's image is, or will be. Raises `UserError` for a place outside."
         return inside(self.path, row['file_name'])
 
-    def dropped_names(self) -> set:
-        "The images that a filter took out."
-        there = self.dropped.is_file()
-        return set(read_record(self.dropped, list[str], DROPPED)) if there else set()
+# %% ../../nbs/run/folders.ipynb #164d54a9
+@patch
+def chosen(self: RunFolder) -> dict:
+    "What was dropped and why, the rows that came instead, and the filters applied."
+    none = dict(dropped={}, refilled=[], filtered=[])
+    there = self.choices.is_file()
+    return read_record(self.choices, Choices, DROPPED) if there else none
 
-    def all_rows(self) -> list:
-        "The plan, and behind it the rows that came in the place of some of its rows."
-        later = sorted(self.redrawn.glob('*.jsonl'))
-        return read_rows(self.plan) + [row for file in later for row in read_rows(file)]
 
-    def final_rows(self) -> list:
-        "The last attempt at each planned image, without what was dropped."
-        attempts = sorted(self.all_rows(), key=_attempt)
-        last = {row['file_name']: row for row in attempts}
-        gone = self.dropped_names()
-        names = [row['file_name'] for row in read_rows(self.plan)]
-        return [last[name] for name in names if name not in gone]
+@patch
+def image_scores(self: RunFolder) -> dict:  # name -> `ImageScores` as a dict
+    "The scores that images were given."
+    there = self.scores.is_file()
+    return read_record(self.scores, dict[str, ImageScores]) if there else {}
 
-# %% ../../nbs/run/folders.ipynb #298c41f5
+
+@patch
+def dropped_names(self: RunFolder) -> set:
+    "The images that are left out: by Real-Filter, by another filter or by hand."
+    there = self.dropped.is_file()
+    far = read_record(self.dropped, list[str], DROPPED) if there else []
+    return {*far, *self.chosen()['dropped']}
+
+# %% ../../nbs/run/folders.ipynb #466c76a5
+@patch
+def planned_rows(self: RunFolder) -> list:
+    "The plan, and behind it the rows of images that replace others."
+    return read_rows(self.plan) + self.chosen()['refilled']
+
+
+@patch
+def all_rows(self: RunFolder) -> list:
+    "What is planned, and behind it the rows that came in the place of failures."
+    later = sorted(self.redrawn.glob('*.jsonl'))
+    return self.planned_rows() + [r for file in later for r in read_rows(file)]
+
+# %% ../../nbs/run/folders.ipynb #304f5c27
+@patch
+def last_rows(self: RunFolder) -> list:
+    "The last attempt at each planned image, of those that are left out too."
+    attempts = sorted(self.all_rows(), key=_attempt)
+    return list({row['file_name']: row for row in attempts}.values())
+
+
+@patch
+def final_rows(self: RunFolder) -> list:
+    "The last attempt at each image that is not left out, with scores, in the plan's order."
+    gone, last = self.dropped_names(), {r['file_name']: r for r in self.last_rows()}
+    scores = self.image_scores()
+    names = [row['file_name'] for row in read_rows(self.plan)]
+    return [_scored(last[name], scores) for name in names if name not in gone]
+
+# %% ../../nbs/run/folders.ipynb #36942bf8
 def _attempt(row):
     return row['attempt']
+
+
+def _scored(row, scores):
+    "A row with the scores that its image was given; another attempt's are not its own."
+    found = {}
+    for name, of_images in scores.items():
+        attempt, number = of_images['scores'].get(row['file_name'], (None, None))
+        if attempt == row['attempt'] and number is not None:
+            found[name] = number
+    return {**row, 'scores': found} if found else row
 
 # %% ../../nbs/run/folders.ipynb #8104d13b
 @patch
@@ -385,6 +452,54 @@ def damage(
 ) -> str:
     "What is wrong with a row's image, in words; empty where nothing is."
     return self.digests.damage(self.file(row), verify)
+
+# %% ../../nbs/run/folders.ipynb #8a10e6a7
+@patch
+def settle(self: RunFolder):
+    "Move images aside and back, as the list of the dropped ones says."
+    gone = self.chosen()['dropped']
+    for row in self.last_rows():
+        here, aside = self.file(row), self.aside_file(row)
+        out = row['file_name'] in gone
+        source, target = (here, aside) if out else (aside, here)
+        if source.is_file() and (out or not target.is_file()):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source.replace(target)
+
+
+@patch
+def aside_file(self: RunFolder, row: dict) -> Path:
+    "Where a row's image is while it is left out."
+    return inside(self.aside / str(row['attempt']), row['file_name'])
+
+
+@patch
+def choose(self: RunFolder, **changes):
+    "Write down new `dropped`, `refilled` or `filtered`, and let the files follow."
+    write_record(self.choices, self.chosen() | changes)
+    self.settle()
+
+# %% ../../nbs/run/folders.ipynb #f43e25a0
+@contextlib.contextmanager
+def held(
+    folder: RunFolder,
+    number: int = 0,  # of this process, where several share a run
+):
+    "Hold the folder's lock for the time of the block, or raise `UserError`."
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder.state / f'lock{number or ""}')
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as e:
+        text = (
+            f'--out {folder.path}: another run is writing there; wait for it, or give'
+        )
+        raise UserError(f'{text} another folder') from e
+    try:
+        yield
+    finally:
+        lock.release()
 
 # %% ../../nbs/run/folders.ipynb #faf960d4
 PATIENCE = 10  # seconds to wait for a process that does the same

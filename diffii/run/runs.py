@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ATTEMPTS', 'SyntheticSet', 'load_synthetic', 'Run', 'check_run', 'run_suffixes', 'make_or_redraw', 'by_batch',
-           'make_missing', 'write_metadata', 'synthesize']
+           'make_missing', 'planner_of', 'write_metadata', 'synthesize']
 
-# %% ../../nbs/run/runs.ipynb #8b776db8
+# %% ../../nbs/run/runs.ipynb #9fa153be
+import shlex
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,12 @@ from ..base.methods import METHODS, Method
 from ..base.pipeline import Pipeline, model_digest, same_model
 from ..base.processes import check_tracker, processes, reporter
 from ..base.records import short
-from ..base.settings import ConceptSettings, Settings, config_text
+from diffii.base.settings import (
+    ConceptSettings,
+    SamplingSettings,
+    Settings,
+    config_text,
+)
 from diffii.method.concepts import (
     RELEARN,
     Concepts,
@@ -32,6 +38,8 @@ from diffii.method.concepts import (
 from ..method.diffusion import ddim_grid
 from ..method.few_step import FewStep, open_few_step
 from ..method.inversion import InversionPool, check_pairs
+
+# %% ../../nbs/run/runs.ipynb #f916aadf
 from diffii.method.synthesis import (
     Planner,
     another_row,
@@ -41,13 +49,19 @@ from diffii.method.synthesis import (
 )
 from .cards import write_card
 from .contexts import GENERAL, choose_suffixes, kept_suffixes
-from .filters import drop_candidates
 from .digests import UNKNOWN
+from diffii.run.filters import (
+    Scoring,
+    check_filter,
+    drop_candidates,
+    filter_folder,
+)
 from diffii.run.folders import (
     RECORD,
     STATE,
     RunFolder,
     claim,
+    held,
     holds_run,
     read_rows,
     tentative,
@@ -82,7 +96,7 @@ class SyntheticSet(ImageSet):
         methods = ', '.join(dict.fromkeys(row['method'] for row in self.rows))
         return super().caption().replace(' images', f' synthetic images ({methods})', 1)
 
-# %% ../../nbs/run/runs.ipynb #5b28567c
+# %% ../../nbs/run/runs.ipynb #dcca07de
 def load_synthetic(
     path,  # an output folder
 ) -> SyntheticSet:
@@ -91,11 +105,13 @@ def load_synthetic(
     again = 'run the command that made it again'
     finished = folder.metadata.is_file() and folder.record.is_file()
     require(finished, f'{path}: not a finished folder of synthetic images; {again}')
-    about, rows = folder.about(), tuple(read_rows(folder.metadata))
+    about, gone = folder.about(), folder.dropped_names()
+    rows = [r for r in read_rows(folder.metadata) if r['file_name'] not in gone]
     for row in rows:
-        file = folder.file(row)
         found = folder.damage(row)
-        require(found in ('', UNKNOWN), f'{file}: {found}; {again}')
+        words = shlex.join(['diffii', 'drop', str(path), row['file_name']])
+        text = f'{folder.file(row)}: {found}; {again}, or leave it out with: {words}'
+        require(found in ('', UNKNOWN), text)
     classes = tuple(about['classes'])
     odd = [r for r in rows if not {r['label'], r['source_label']} <= set(classes)]
     for row in odd[:1]:
@@ -107,7 +123,7 @@ def load_synthetic(
         classes=classes,
         metaclass=about['metaclass'],
         names=tuple(row['file_name'] for row in rows),
-        rows=rows,
+        rows=tuple(rows),
         folder=folder.path,
     )
 
@@ -154,13 +170,7 @@ class Run:
             **({} if self.few_step is None else dict(few_step=self.few_step.digest())),
         )
 
-# %% ../../nbs/run/runs.ipynb #f26c7c6e
-@patch
-def damage(self: Run, row: dict) -> str:
-    "What is wrong with a row's image, in words; empty where nothing is."
-    return self.folder.damage(row, self.settings.run.verify)
-
-
+# %% ../../nbs/run/runs.ipynb #bd5f2d31
 @patch
 def in_force(self: Run) -> Settings:
     "All settings, with those of the images and the model as they were loaded."
@@ -174,7 +184,7 @@ def in_force(self: Run) -> Settings:
         run=replace(settings.run, out=str(self.folder.path)),
     )
 
-# %% ../../nbs/run/runs.ipynb #98d72fce
+# %% ../../nbs/run/runs.ipynb #c9555974
 def check_run(run: Run, concepts: Concepts | None, pool: InversionPool | None):
     "Raise `UserError` for whatever would stop the run later."
     images, settings = run.images, run.settings
@@ -187,6 +197,7 @@ def check_run(run: Run, concepts: Concepts | None, pool: InversionPool | None):
     text = '--suffixes: a split ratio above 0 needs suffixes; give some, or'
     enough = run.suffixes or not settings.sampling.suffixed_steps
     require(enough, f'{text} --split-ratio 0')
+    check_filter(images, settings.filter)
     if concepts is not None:
         _check_given(run, concepts)
     elif run.method.learn != 'none':
@@ -294,7 +305,7 @@ def _keep_pool(run, given, concepts):
         save_pool(given, run.folder.pool, run.images, concepts)
     processes().wait_for_everyone()
 
-# %% ../../nbs/run/runs.ipynb #ded12936
+# %% ../../nbs/run/runs.ipynb #1192df57
 ATTEMPTS = 3  # seeds tried for one image
 
 
@@ -319,7 +330,8 @@ def make_or_redraw(
         if not missing:
             return images, unplanned
         batch = -(rows[0]['batch'] * ATTEMPTS + attempt)
-        now = [{**redraw(rows[i], attempt), 'batch': batch} for i in missing]
+        now = [redraw(rows[i], rows[i]['attempt'] + attempt) for i in missing]
+        now = [{**row, 'batch': batch} for row in now]
     raise UserError(
         f'{rows[missing[0]]["label"]}: {len(missing)} images of a batch are not finite, '
         f'of one colour, or flagged, from {ATTEMPTS} seeds; use --dtype float32 or '
@@ -354,43 +366,61 @@ def _written_behind(folder):
         yield write
         wait()
 
-# %% ../../nbs/run/runs.ipynb #2a192289
-def make_missing(run: Run, concepts: Concepts, pool: InversionPool | None, plan: list):
-    "Make the images of the plan that are not there, batch by batch."
-    dropped, parts = run.folder.dropped_names(), _parts(run.folder)
-    redraw = partial(another_row, _planner(run, pool))
+# %% ../../nbs/run/runs.ipynb #46bbdbf9
+def make_missing(
+    pipe: Pipeline,
+    folder: RunFolder,
+    concepts: Concepts,  # attached to `pipe` by the caller
+    pool: InversionPool | None,
+    progress: Callable,
+    verify: bool = False,  # compare the digests of what is there, not sizes alone
+):
+    "Make the images that are planned, not left out and not there, batch by batch."
+    plan, parts, ps = folder.planned_rows(), _parts(folder), processes()
+    redraw = partial(another_row, planner_of(folder, pool))
+    wanted = _wanted(folder, plan)
 
     def is_made(batch):
-        wanted = [row for row in batch if row['file_name'] not in dropped]
-        whole = not any(run.damage(row) for row in wanted)
-        return whole and run.folder.knows_redrawn(batch[0]['batch'])
+        whole = not any(folder.damage(row, verify) for row in batch if wanted(row))
+        return whole and folder.knows_redrawn(batch[0]['batch'])
 
-    batches, ps = by_batch(plan), processes()
-    _name_damaged(run, plan)
+    batches = by_batch(plan)
+    _name_damaged(folder, filter(wanted, plan), verify)
     done = sum(len(batch) for batch in batches if is_made(batch))
-    run.progress('images', done, len(plan))
-    with _written_behind(run.folder) as write:
+    progress('images', done, len(plan))
+    with _written_behind(folder) as write:
         for batch in batches[ps.process_index :: ps.num_processes]:
             if is_made(batch):
                 continue
             number = batch[0]['batch']
             rows = [{**row, 'micro_batch': parts[number]} for row in batch]
-            images, unplanned = make_or_redraw(run.pipe, concepts, pool, rows, redraw)
-            run.folder.write_redrawn(number, unplanned)
-            named = {row['file_name']: image for row, image in zip(batch, images)}
-            kept = {k: image for k, image in named.items() if k not in dropped}
-            write({run.folder.path / name: im for name, im in kept.items()})
+            images, unplanned = make_or_redraw(pipe, concepts, pool, rows, redraw)
+            folder.write_redrawn(number, unplanned)
+            pairs = zip(batch, images)
+            write({folder.file(row): image for row, image in pairs if wanted(row)})
             done += len(batch)
-            run.progress('images', done, len(plan))
+            progress('images', done, len(plan))
+
+# %% ../../nbs/run/runs.ipynb #a9055dae
+def _wanted(folder, plan):
+    "A function: is a row's image to be there, and this row the last that makes it?"
+    dropped, last = folder.dropped_names(), {r['file_name']: r['batch'] for r in plan}
+
+    def wanted(row):
+        name = row['file_name']
+        return name not in dropped and last[name] == row['batch']
+
+    return wanted
 
 
-def _name_damaged(run, plan):
+def _name_damaged(folder, rows, verify):
     "Say which images are there and not as they were written."
-    there = (row for row in plan if run.folder.file(row).is_file())
-    found = [f'{row["file_name"]} ({why})' for row in there if (why := run.damage(row))]
+    there = [row for row in rows if folder.file(row).is_file()]
+    found = {row['file_name']: folder.damage(row, verify) for row in there}
+    found = [f'{name} ({why})' for name, why in found.items() if why]
     if found and processes().is_main_process:
         names = ', '.join(found[:3]) + ', ...' * (len(found) > 3)
-        text = f'{run.folder.path}: {len(found)} images are damaged and are made again'
+        text = f'{folder.path}: {len(found)} images are damaged and are made again'
         warnings.warn(f'{text}: {names}')
 
 
@@ -399,42 +429,31 @@ def _parts(folder):
     return {row['batch']: row['micro_batch'] for row in folder.all_rows()}
 
 
-def _planner(run, pool):
-    "What all rows of the plan have in common."
-    settings, suffixes, model = run.settings.sampling, run.suffixes, run.pipe.model
-    return Planner(run.images.classes, pool, suffixes, settings, model, run.seed)
+def planner_of(folder: RunFolder, pool: InversionPool | None) -> Planner:
+    "What all rows of a folder's plan have in common, from its record."
+    about = folder.about()
+    settings = SamplingSettings(**about['sampling'])
+    of_run = about['suffixes'], settings, about['model'], about['seed']
+    return Planner(tuple(about['classes']), pool, *of_run)
 
-# %% ../../nbs/run/runs.ipynb #5f6e1cda
-def write_metadata(run: Run):
+# %% ../../nbs/run/runs.ipynb #3c7ca6e7
+def write_metadata(folder: RunFolder):
     "Write rows of the images that are there, and the card."
-    folder = run.folder
     folder.digests.refresh()  # with what other processes made
     rows = [row for row in folder.final_rows() if not folder.damage(row)]
     folder.write_rows(folder.metadata, rows)
     write_card(folder)
 
-# %% ../../nbs/run/runs.ipynb #1dfe4d67
+# %% ../../nbs/run/runs.ipynb #9e6d7b91
 @contextmanager
 def _taken(run, record):
     "Take the folder for the time of the block, or raise `UserError`."
-    from filelock import FileLock, Timeout
-
     ps, folder = processes(), run.folder
     if ps.is_main_process:
         claim(folder.path, record, RECORD)
     ps.wait_for_everyone()
-    lock = FileLock(folder.state / f'lock{ps.process_index or ""}')
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as e:
-        text = (
-            f'--out {folder.path}: another run is writing there; wait for it, or give'
-        )
-        raise UserError(f'{text} another folder') from e
-    try:
+    with held(folder, ps.process_index):
         yield
-    finally:
-        lock.release()
 
 
 def _tidy(run):
@@ -443,6 +462,7 @@ def _tidy(run):
         for file in run.folder.path.rglob('.*.tmp'):
             file.unlink()
     if processes().is_main_process:
+        run.folder.settle()
         run.folder.write_text(run.folder.settings, config_text(run.in_force()))
         run.folder.mend_lists()
     for file in sorted(run.folder.concepts.glob('*.*')):
@@ -488,7 +508,7 @@ def synthesize(
         processes().wait_for_everyone()
         return load_synthetic(out)
 
-# %% ../../nbs/run/runs.ipynb #8db5fd65
+# %% ../../nbs/run/runs.ipynb #11a851cd
 def _make_all(run, concepts):
     "Inversions, plan, images, filter, metadata; the concepts are attached."
     pool, settings, ps = _pool(run, concepts), run.settings.sampling, processes()
@@ -500,15 +520,30 @@ def _make_all(run, concepts):
         _note_tensors(run.folder)
     ps.wait_for_everyone()
     few_step = run.few_step.attached(run.pipe) if run.few_step else nullcontext()
+    parts = run.pipe, run.folder, concepts, pool, run.progress, run.settings.run.verify
     try:
         with few_step:
-            make_missing(run, concepts, pool, plan)
+            make_missing(*parts)
         ps.wait_for_everyone()
-        if run.method.filtered and ps.is_main_process:
-            drop_candidates(run.images, plan, run.folder, settings)
+        if ps.is_main_process:
+            _filter(run, concepts, plan)
     finally:
         if ps.is_main_process:
-            write_metadata(run)
+            write_metadata(run.folder)
+
+
+def _filter(run, concepts, plan):
+    "Leave out what Real-Filter, or the filter of the settings, finds the worst."
+    settings, folder = run.settings, run.folder
+    if run.method.filtered:
+        drop_candidates(run.images, plan, folder, settings.sampling)
+    if not settings.filter.by or asdict(settings.filter) in folder.chosen()['filtered']:
+        return
+    write_metadata(folder)
+    job = Scoring(run.images, load_synthetic(folder.path), settings.filter)
+    job.flip, job.seed, job.progress = settings.images.flip, run.seed, run.progress
+    job.pipe, job.concepts = run.pipe, concepts
+    filter_folder(job, folder)
 
 
 def _note_tensors(folder):
