@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from PIL import Image
+from small_models import checkpoint
 
 from diffii.base.files import UserError
 from diffii.start.demo import demo, over_trials, write_report
@@ -91,6 +92,13 @@ def test_names_in_the_report_are_escaped(tmp_path):
 def test_wrong_options_are_refused_before_anything_is_written(tmp_path, wrong, named):
     with pytest.raises(UserError, match=named):
         demo(tmp_path / 'out', quick=True, **wrong)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_model_without_few_step_weights_is_refused_first(tmp_path):
+    with pytest.raises(UserError, match='--few-step own: no few_step.safetensors'):
+        demo(tmp_path / 'out', model=str(checkpoint('sd1')), few_step=True)
+
     assert not (tmp_path / 'out').exists()
 
 

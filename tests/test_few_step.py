@@ -119,7 +119,17 @@ def test_calls_are_spread_over_what_is_left_of_the_grid(calls, start, steps):
 def test_few_step_weights_sample_without_guidance():
     settings = SamplingSettings(few_step='own', guidance_scale=7.5, solver='dpm++')
 
-    assert (settings.guidance_scale, settings.solver, settings.calls) == (1, 'ddim', 8)
+    assert (settings.guidance_scale, settings.solver) == (1, 'ddim')
+
+
+@pytest.mark.parametrize(
+    'place, calls, share', [('own', 4, 0), ('lcm.safetensors', 8, 1)]
+)
+def test_the_models_own_weights_have_defaults_of_their_own(place, calls, share):
+    usual = SamplingSettings(few_step=place)
+
+    assert (usual.calls, usual.fresh_noise) == (calls, share)
+    assert SamplingSettings(few_step=place, fresh_noise=0.5).fresh_noise == 0.5
 
 
 @pytest.mark.parametrize(
@@ -137,7 +147,7 @@ def test_settings_that_do_not_go_together_are_refused(given, message):
 
 def test_fresh_noise_must_be_given(pipe):
     plain = pipe.encode_prompts(['a tree'] * 2)
-    settings = SamplingSettings(few_step='own', calls=3, split_ratio=0)
+    settings = SamplingSettings(few_step='x', calls=3, split_ratio=0)
 
     with pytest.raises(UserError, match='needs fresh noise'):
         two_stage_denoise(pipe, noise(2), plain, settings=settings)

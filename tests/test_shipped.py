@@ -76,3 +76,13 @@ def test_the_shipped_weights_are_small_and_safe(checkpoint):
     weights = list(checkpoint.rglob('*.safetensors'))
     assert sum(file.stat().st_size for file in weights) <= 16 * 2**20
     assert not list(checkpoint.rglob('*.bin'))
+
+
+def test_the_shipped_few_step_weights_belong_to_the_shipped_model(checkpoint):
+    from diffii.base.pipeline import load_pipeline
+    from diffii.method.few_step import open_few_step
+
+    found = open_few_step(load_pipeline('tiny', device='cpu'), 'own')
+
+    assert all(weight.isfinite().all() for weight in found.lora.values())
+    assert (checkpoint / 'few_step.safetensors').stat().st_size <= 2 * 10**6

@@ -415,13 +415,13 @@ class SamplingSettings(Group):
     # name on the hub, as latent-consistency/lcm-lora-sdv1-5, or own, which lies beside
     # the model
     few_step: str | None = setting(None)
-    # calls of the U-Net for an image with few-step weights; by default 8
+    # calls of the U-Net for an image with few-step weights; by default 4 with own, else 8
     calls: int | None = setting(None, least=1)
     # between two such calls, share of noise that is fresh: by default 1, as latent
-    # consistency has it; 0 leads on along one trajectory
+    # consistency has it, and 0 with own, which stays near one trajectory
     fresh_noise: float | None = setting(None, least=0, most=1)
 
-# %% ../../nbs/base/settings.ipynb #640a7372
+# %% ../../nbs/base/settings.ipynb #9230b0c4
 @patch
 def check(self: SamplingSettings):
     "A method has its own strengths; only two-stage methods know contexts."
@@ -444,10 +444,11 @@ def _check_few_step(self: SamplingSettings):
         require(self.few_step or not given, f'{text}; give --few-step too')
     if not self.few_step:
         return
-    self.calls = self.calls or min(8, self.steps)
+    self.calls = self.calls or min(4 if self.few_step == 'own' else 8, self.steps)
     text = f'--calls {self.calls}: more than --steps {self.steps}'
     require(self.calls <= self.steps, f'{text}; give {self.steps} or less')
-    self.fresh_noise = 1.0 if self.fresh_noise is None else self.fresh_noise
+    usual = 0.0 if self.few_step == 'own' else 1.0
+    self.fresh_noise = usual if self.fresh_noise is None else self.fresh_noise
     self.guidance_scale, self.guided = 1.0, (0.0, 1.0)
     self.solver, self.stride = 'ddim', 1
 

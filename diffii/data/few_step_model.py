@@ -56,7 +56,7 @@ class Distillation:
         )
     )
 
-# %% ../../nbs/data/few_step_model.ipynb #a63b0c54
+# %% ../../nbs/data/few_step_model.ipynb #2784b4d6
 @dataclass
 class Lessons:
     "Training images as latents, captions as token numbers."
@@ -154,7 +154,7 @@ def teacher_step(
     x0 = (points.x - (1 - a) ** 0.5 * eps) / a**0.5
     return Points(b**0.5 * x0 + (1 - b) ** 0.5 * eps, before, points.cond)
 
-# %% ../../nbs/data/few_step_model.ipynb #7fd91fb4
+# %% ../../nbs/data/few_step_model.ipynb #ad5eb6c2
 def ends(pipe: Pipeline, points: Points) -> torch.Tensor:  # (n, c, h, w) clean latents
     "Where the U-Net says that the trajectories through the points end."
     eps = pipe.predict_eps(points.x, points.t, points.cond)
@@ -185,7 +185,7 @@ def consistency_loss(
 
     return loss
 
-# %% ../../nbs/data/few_step_model.ipynb #620b07d6
+# %% ../../nbs/data/few_step_model.ipynb #282e4989
 def trajectory_levels(settings: Distillation) -> range:  # of timesteps
     "Where a whole trajectory is noted: from the noisiest level of sampling on."
     top = 1 + settings.skip * (1000 // settings.skip - 1)
@@ -231,7 +231,7 @@ def kept_trajectories(pipe: Pipeline, lessons: Lessons, settings: Distillation, 
     dims = dict(film=1, ends=0, ids=0)
     return {k: torch.cat([one[k] for one in found], dim) for k, dim in dims.items()}
 
-# %% ../../nbs/data/few_step_model.ipynb #e13a8706
+# %% ../../nbs/data/few_step_model.ipynb #b99b2f47
 def ends_loss(
     pipe: Pipeline, kept: dict, settings: Distillation
 ):  # -> function of (numpy generator, torch generator)
@@ -309,7 +309,7 @@ def averaged(
         about[leg] |= dict(seconds=round(meta['seconds']), loss=log.round(4).tolist())
     return about
 
-# %% ../../nbs/data/few_step_model.ipynb #b61ce318
+# %% ../../nbs/data/few_step_model.ipynb #80c0c84e
 def save_few_step(
     work,  # folder of the checkpoints
     file,  # where the weights go, a safetensors file

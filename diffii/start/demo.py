@@ -16,7 +16,7 @@ from ..base.processes import Progress
 from ..base.settings import ClassifierSettings, Settings
 from ..run.folders import RunFolder, claim
 
-# %% ../../nbs/start/demo.ipynb #7eb24141
+# %% ../../nbs/start/demo.ipynb #c328c37e
 @dataclass
 class Trial:
     "One trial of the demo: its images and what was measured."
@@ -28,9 +28,11 @@ class Trial:
     note: str  # why another kind has none
 
 
-def run_trial(pipe, data, real, out, seed, quick, progress) -> Trial:
+def run_trial(pipe, data, real, out, seed, quick, few_step, progress) -> Trial:
     "Synthetic images from real ones, classifiers with and without them, diversity."
-    synthetic = _synthetic(pipe, data, real, out, seed, quick, progress)
+    sampling = dict(few_step='own') if few_step else {}
+    sampling |= dict(expansion=2) if quick else {}
+    synthetic = _synthetic(pipe, data, real, out, seed, quick, sampling, progress)
     settings = ClassifierSettings(flip=data.flip)
     seeds = [seed * 1000 + i for i in range(2)]
     if quick:
@@ -39,7 +41,7 @@ def run_trial(pipe, data, real, out, seed, quick, progress) -> Trial:
     return Trial(real, synthetic, accuracy, *_diversity(real, synthetic, progress))
 
 
-def _synthetic(pipe, data, real, out, seed, quick, progress):
+def _synthetic(pipe, data, real, out, seed, quick, sampling, progress):
     "The synthetic images of one trial."
     from diffii.run.runs import synthesize
 
@@ -48,7 +50,7 @@ def _synthetic(pipe, data, real, out, seed, quick, progress):
         real.metaclass,
         images=dict(flip=data.flip),
         concepts=dict(steps=20, batch_size=8) if quick else {},
-        sampling=dict(expansion=2) if quick else {},
+        sampling=sampling,
         run=dict(seed=seed),
     )
     return synthesize(pipe, real, out, settings, data.suffixes, progress=progress)
@@ -129,7 +131,7 @@ def verdict(
     interval = f'95 % interval +- {gain.ci95:.1f}'
     return f'{text} ({interval}; higher in {higher} of {len(pairs)} trials): {word}.'
 
-# %% ../../nbs/start/demo.ipynb #3be6db8c
+# %% ../../nbs/start/demo.ipynb #4f2fcdeb
 def demo(
     out: str = 'diffii-demo',  # output folder: new, empty, or of the same demo
     data: str = 'digits',  # digits or aviary
@@ -138,6 +140,7 @@ def demo(
     model: str = 'tiny',  # the model, as augment takes it
     seed: int = 0,  # of the first trial; the next one has the next
     quick: bool = False,  # a short form that only shows that everything runs
+    few_step: bool = False,  # sample with the model's own few-step weights
     progress: Progress | None = None,  # bars and clock
 ) -> dict:  # what stands in results.json
     "Diff-II from a few images to tested classifiers, with a report."
@@ -145,20 +148,25 @@ def demo(
     from diffii.base.pipeline import load_pipeline
     from diffii.data.sets import shipped_set
     from diffii.evaluation.gallery import write_review
+    from diffii.method.few_step import open_few_step
 
     out, progress, began = Path(out), progress or Progress(), time.time()
     require(trials >= 1, f'--trials {trials}: give a number of 1 or more')
     images = shipped_set(data)
     samples = [few_shot(images.pool, shots, seed + t)[0] for t in range(trials)]
     pipe = load_pipeline(model)
+    if few_step:
+        open_few_step(pipe, 'own')  # tells at once where there are none
     about = dict(data=data, shots=shots, quick=quick, seed=seed, model=model)
+    about |= dict(few_step=True) if few_step else {}
     claim(out, about, '.demo.json')
 
     done = []
     for t, real in enumerate(samples):
         progress.heading = f'{t + 1} of {trials}: '
         place = out / f'synthetic-{t}'
-        done += [run_trial(pipe, images, real, place, seed + t, quick, progress)]
+        about_trial = seed + t, quick, few_step
+        done += [run_trial(pipe, images, real, place, *about_trial, progress)]
         write_review(place, real, progress=progress)
 
     results = {**about, **summary(images, done)}
