@@ -20,7 +20,7 @@ from ..base.files import save_tensors, write_json
 from ..base.images import ImageSet
 from ..base.records import read_record
 
-# %% ../../nbs/evaluation/classifier_files.ipynb #31daffce
+# %% ../../nbs/evaluation/classifier_files.ipynb #10431466
 NOTES = 'classifier.json'
 WEIGHTS = 'model.safetensors'
 FORMAT = 1  # of the notes
@@ -51,7 +51,7 @@ class Notes:
 # a network whose weights come in a package, and the same network without them
 SAME_NETWORK = {'efficientnet_lite0-imagenet': 'timm/tf_efficientnet_lite0'}
 
-
+# %% ../../nbs/evaluation/classifier_files.ipynb #2f2b58d2
 def classifier_notes(
     result,  # what `train_classifier` returned
     **trained,  # what it was trained on, for who reads the file

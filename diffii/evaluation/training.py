@@ -316,7 +316,7 @@ def fold_table(self: Comparison) -> np.ndarray:  # (S, n)
         return np.zeros((len(self.seeds), len(self.test)), dtype=int)
     return np.stack([fold_numbers(self.images, n, seed) for seed in self.seeds])
 
-# %% ../../nbs/evaluation/training.ipynb #d362006a
+# %% ../../nbs/evaluation/training.ipynb #e6e8cf49
 @dataclass
 class Cell:
     "What is kept of one classifier."
@@ -337,7 +337,7 @@ def read_cell(file, n: int) -> dict:  # with `n` predictions
     require(count == n, f'{file}: {count} predictions, not {n}; {RESTORE}')
     return found
 
-
+# %% ../../nbs/evaluation/training.ipynb #dd862f84
 def read_results(c: Comparison) -> tuple:  # (kind -> (S, n) predictions, kind -> cells)
     "What all classifiers said of every test image, from the finished cells."
     table = c.fold_table()
@@ -351,7 +351,7 @@ def read_results(c: Comparison) -> tuple:  # (kind -> (S, n) predictions, kind -
         cells[kind].append(cell)
     return predicted, cells
 
-
+# %% ../../nbs/evaluation/training.ipynb #84652aae
 def summarise(c: Comparison) -> ComparisonResults:  # what stands in results.json
     "Accuracies, the verdict, and all that the report shows."
     predicted, cells = read_results(c)
@@ -373,7 +373,7 @@ def summarise(c: Comparison) -> ComparisonResults:  # what stands in results.jso
         classifier=json.loads(json.dumps(asdict(c.classifier))),
     )
 
-
+# %% ../../nbs/evaluation/training.ipynb #1adc7d20
 def _known(value):
     "A number, or None for nan, which JSON does not know."
     return value if np.isfinite(value) else None
@@ -498,7 +498,7 @@ def alone(out):
         )
         raise UserError(f'{text} folder') from e
 
-# %% ../../nbs/evaluation/training.ipynb #5d6cd404
+# %% ../../nbs/evaluation/training.ipynb #0c410cd4
 def train_missing(c: Comparison):
     "Train the classifiers that have no cell yet."
     jobs, steps = c.jobs(), c.classifier.steps
@@ -518,7 +518,7 @@ def train_missing(c: Comparison):
         write_record(c.file(*job), cell, indent=None)
     c.progress('classifiers', len(jobs) * steps, len(jobs) * steps)
 
-
+# %% ../../nbs/evaluation/training.ipynb #47cb3e70
 def compare_training(
     images: ImageSet,  # the original set
     synthetic,  # `SyntheticSet` that was made from it

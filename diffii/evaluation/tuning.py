@@ -314,7 +314,7 @@ def write_choice(t: Tuning, winner: dict):
         with atomic(out / name) as unfinished:
             unfinished.write_text(config_text(found), encoding='utf-8')
 
-# %% ../../nbs/evaluation/tuning.ipynb #982add0c
+# %% ../../nbs/evaluation/tuning.ipynb #10acaf22
 def tune(
     images: ImageSet,  # the training images
     settings: TuneSettings | None = None,
@@ -352,7 +352,7 @@ def tune(
         write_choice(t, results['winner'])
     return results
 
-
+# %% ../../nbs/evaluation/tuning.ipynb #f0f0fba6
 def _about(t):
     "What decides the numbers, as it can stand in JSON."
     from diffii.base.pipeline import model_digest
