@@ -604,7 +604,7 @@ def _learned_before(pipe, images, settings, folder):
     require(same, other)
     return concepts
 
-# %% ../../nbs/method/concepts.ipynb #b488084d
+# %% ../../nbs/method/concepts.ipynb #9b91f8b6
 LORA_FILE = 'pytorch_lora_weights.safetensors'
 
 
@@ -633,7 +633,14 @@ def save(self: Concepts, folder):
     write_record(Path(folder) / 'concepts.json', about)
     self.folder = Path(folder)
 
-# %% ../../nbs/method/concepts.ipynb #b2211af0
+
+@patch
+def _files(self: Concepts, folder):
+    "The files of tensors that belong to these concepts."
+    files = [embeddings_file(folder, i) for i in range(len(self.embeddings))]
+    return files + ([Path(folder) / LORA_FILE] if self.lora else [])
+
+# %% ../../nbs/method/concepts.ipynb #f64a395c
 @patch
 def _repr_html_(self: Concepts) -> str:
     "For notebooks: the categories with their tokens, and the last samples."
@@ -653,14 +660,7 @@ def _repr_html_(self: Concepts) -> str:
     steps = int(files[-1].stem)
     return f'{html}<img alt="samples after {steps} steps" src="{picture_data(large)}">'
 
-
-@patch
-def _files(self: Concepts, folder):
-    "The files of tensors that belong to these concepts."
-    files = [embeddings_file(folder, i) for i in range(len(self.embeddings))]
-    return files + ([Path(folder) / LORA_FILE] if self.lora else [])
-
-# %% ../../nbs/method/concepts.ipynb #e738993c
+# %% ../../nbs/method/concepts.ipynb #77d2bbc8
 def _save_lora(file, lora, rank):
     "Write a LoRA as diffusers does, with the adapter's settings in the file's header."
     from diffusers import StableDiffusionPipeline
