@@ -51,9 +51,11 @@ def _check_token():
     text = 'no token of the Hugging Face hub; run `hf auth login`, or set HF_TOKEN'
     require(get_token(), text)
 
-# %% ../../nbs/run/sharing.ipynb #a3bb54e7
-# of file managers, unfinished, or pictures of the training images
-HIDDEN = ['*/.*', '*.tmp'] + [f'{STATE}/{x}*' for x in ('lock', 'real/', 'review')]
+# %% ../../nbs/run/sharing.ipynb #8e622484
+# of file managers, unfinished, dropped, or pictures of the training images
+HIDDEN = ['*/.*', '*.tmp'] + [
+    f'{STATE}/{x}*' for x in ('lock', 'real/', 'review', 'aside/')
+]
 
 
 def _send(
