@@ -78,4 +78,4 @@ def test_lightning_takes_the_loader(notebooks, names, sets, tmp_path, monkeypatc
 
     exec(block, scope)
 
-    assert scope['trainer'].global_step == 12 * 2
+    assert scope['trainer'].global_step == 8 * 2
