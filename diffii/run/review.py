@@ -9,11 +9,11 @@ __all__ = ['status', 'damaged_files', 'per_minute', 'load_concepts', 'remake', '
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 
-from ..base.files import IMAGES, load_tensors, require
+from ..base.files import IMAGES, require
 from ..base.pipeline import Pipeline, model_digest, same_model
-from ..base.records import inside
+from ..base.records import inside, read_tensors
 from ..base.settings import ConceptSettings
-from ..method.concepts import Concepts
+from ..method.concepts import CheckpointNotes, Concepts
 from ..method.few_step import open_few_step
 from ..method.synthesis import make_batch
 from .folders import AGAIN, RunFolder, read_rows
@@ -66,7 +66,8 @@ def _learned(folder, about):
     if (folder.concepts / 'concepts.json').is_file():
         return 'done'
     checkpoint = folder.concepts / 'checkpoint.safetensors'
-    step = load_tensors(checkpoint)[1]['step'] if checkpoint.is_file() else 0
+    there = checkpoint.is_file()
+    step = read_tensors(checkpoint, CheckpointNotes)[1]['step'] if there else 0
     return f'{step} of {about["concepts"]["steps"]} steps'
 
 
