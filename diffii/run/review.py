@@ -112,7 +112,7 @@ def remake(
     batch = _batch_of(folder, row)
     planned = {k: v for k, v in row.items() if k != 'scores'} in batch
     require(planned, f'{folder.plan}: does not have {file_name}; {AGAIN}')
-    pool = load_pool(folder.pool, about['classes']) if row['sources'] else None
+    pool = _pool_of(folder, about['classes'], batch) if row['sources'] else None
     images = row['micro_batch'] or about['batch_size']
     with _micro_batch(pipe, images), made_with(pipe, path) as concepts:
         found = make_batch(pipe, concepts, pool, batch)
@@ -150,6 +150,17 @@ def _few_step_of(pipe, about):
     return found
 
 # %% ../../nbs/run/review.ipynb #03e3af43
+def _pool_of(folder, classes, batch):
+    "The inversions of a run, which must have those that a batch was made from."
+    for file in sorted(folder.pool.glob('*.safetensors')):
+        folder.digests.check(file, AGAIN)
+    pool = load_pool(folder.pool, classes)
+    names = dict(zip(pool.classes, map(set, pool.names)))
+    known = all(set(r['sources']) <= names.get(r['source_label'], set()) for r in batch)
+    require(known, f'{folder.pool}: lacks inversions that the plan names; {AGAIN}')
+    return pool
+
+
 def _row_of(folder, file_name):
     "The row of an image."
     rows = {row['file_name']: row for row in read_rows(folder.metadata)}
