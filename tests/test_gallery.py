@@ -195,6 +195,9 @@ def test_other_images_are_refused(run, tmp_path):
     colours(77).save(tmp_path / 'real' / 'oak' / '0.png')
     with pytest.raises(UserError, match='oak/0.png is another image'):
         review(out, tmp_path / 'real')
+    (tmp_path / 'real' / 'oak' / '0.png').unlink()
+    with pytest.raises(UserError, match='--images .*real: has no oak/0.png; give'):
+        review(out, tmp_path / 'real')
     with pytest.raises(UserError, match='--images .*nowhere: no such folder'):
         review(out, tmp_path / 'nowhere')
     with pytest.raises(UserError, match='oak/0.png is not among them'):

@@ -107,7 +107,14 @@ def _opener(images):
     root = Path(images)
     root = root.parent if root.suffix.lower() == '.csv' else root
     require(root.is_dir(), f'--images {images}: no such folder')
-    return lambda name: read_image(root / name)
+    return lambda name: _read_below(root, name)
+
+
+def _read_below(root, name):
+    "A training image in its folder."
+    text = f'--images {root}: has no {name}; give the folder that the run was made from'
+    require((root / name).is_file(), text)
+    return read_image(root / name)
 
 
 def _known(positions, name):
