@@ -12,7 +12,7 @@ from garden import command, environment, files_of, plant
 resource = pytest.importorskip('resource')  # POSIX alone
 
 SMALL = ('--concept-steps', 30, '--steps', 8, '--expansion', 6, '--batch-size', 8)
-FILES = 37  # 36 images and their metadata
+FILES = 38  # 36 images, their metadata and the page to look through them
 
 
 @pytest.fixture
