@@ -43,6 +43,7 @@ from .method.suffixes import (
 from .method.synthesis import circle_strip, soft_targets
 from .run.contexts import choose_suffixes, get_captioner, get_summariser
 from .run.concept_files import export_concepts, import_concepts, open_concepts
+from .run.planning import plan_run
 from .run.pools import build_pool, load_pool, save_pool
 from .run.summarisers import parse_suffixes
 from .run.dropping import drop, drop_worst, keep, refill, score

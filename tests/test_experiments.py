@@ -80,6 +80,8 @@ def experiment(pipe, **groups):
         (dict(data=dict(root='/somewhere')), True),  # digits have no root
         (dict(trials=dict(seed=1)), False),
         (dict(trials=dict(quick=True)), False),
+        (dict(model=dict(dtype='float32')), True),  # as on every CPU
+        (dict(model=dict(vae_batch=2, offload=False)), True),
         (dict(model=dict(dtype='float16')), False),
         (dict(model=dict(batch_size=8)), False),
         (dict(data=dict(flip=False)), False),

@@ -44,7 +44,7 @@ def test_settings_load_as_arguments_do(pipe):
 
 REFUSED = {
     'an unknown model': (dict(model='nobody/no-such-model'), 'nobody/no-such-model'),
-    'an unknown precision': (dict(dtype='int8'), '--dtype int8: one of float32'),
+    'an unknown precision': (dict(dtype='int8'), '--dtype int8: one of auto, float32'),
     'no safety checker': (dict(safety_checker=True), 'has no safety checker'),
     'an unknown device': (dict(device='nowhere'), '--device nowhere: cannot be used'),
     'an unknown setting': (dict(colour='red'), 'colour: no such setting'),

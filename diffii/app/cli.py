@@ -7,7 +7,7 @@ __all__ = ['app', 'VersionOption', 'SMALL_MODEL', 'FolderArgument', 'VerifyOptio
            'TaskArgument', 'DatasetOption', 'BenchmarkOut', 'top', 'main', 'augment', 'status', 'remake', 'demo',
            'speed', 'benchmark']
 
-# %% ../../nbs/app/cli.ipynb #032687bb
+# %% ../../nbs/app/cli.ipynb #81d381c6
 import sys
 import warnings
 from pathlib import Path
@@ -30,6 +30,7 @@ from diffii.app.options import (
     voice,
 )
 from .sharing import push
+from .planning import PlanOption, plan, planned
 from diffii.base.settings import (
     BenchmarkSettings,
     ModelSettings,
@@ -104,7 +105,7 @@ def _stop(code, message):
     print('diffii:', *str(message).splitlines(), file=sys.stderr)
     sys.exit(code)
 
-# %% ../../nbs/app/cli.ipynb #7c7b2646
+# %% ../../nbs/app/cli.ipynb #9282ed99
 @app.command()
 @takes(group_kinds(Settings))
 def augment(
@@ -112,6 +113,7 @@ def augment(
     images: Annotated[Optional[Path], ImagesArgument] = None,
     config: Annotated[Optional[Path], ConfigOption] = None,
     print_config: Annotated[bool, PrintOption] = False,
+    plan: Annotated[bool, PlanOption] = False,
 ):
     "Make synthetic images from your own."
     given = merged(Settings, config, given)
@@ -121,8 +123,14 @@ def augment(
     if print_config:
         print(config_text(settings))
         return
+    if plan:
+        print(planned(given))
+        return
     _check_augment(settings, given)
     _augment(settings, given)
+
+# %% ../../nbs/app/cli.ipynb #b1c0654b
+app.command()(plan)
 
 # %% ../../nbs/app/cli.ipynb #a1b8ac13
 def _check_augment(settings, given):
@@ -139,7 +147,7 @@ def _check_augment(settings, given):
     prefix(settings.images.metaclass)
     check_tracker(settings.run.tracker)
 
-# %% ../../nbs/app/cli.ipynb #ca2cfe3a
+# %% ../../nbs/app/cli.ipynb #024e150e
 SMALL_MODEL = (
     'note: the shipped model makes 32-pixel images and has seen only digits and drawn '
     'birds. On photographs it runs through every step, but the results are a rehearsal; '
@@ -154,10 +162,12 @@ def _augment(settings, given):
     from diffii.evaluation.gallery import write_review
     from diffii.run.concept_files import open_concepts
     from diffii.run.folders import STATE, holds_run, tentative
+    from diffii.run.planning import check_fits
     from diffii.run.runs import run_suffixes, synthesize
 
     run, state = settings.run, Path(settings.run.out) / STATE
-    holds_run(run.out, f'{STATE}/run.json')  # tells at once of a folder that is used
+    # tells at once of a folder that is used
+    begun = holds_run(run.out, f'{STATE}/run.json')
     say, progress = voice(run.log)
     images = read_images(settings.images, run.seed)
     with tentative(state / 'suffixes.json', state / 'run.json'):
@@ -173,6 +183,8 @@ def _augment(settings, given):
                 pipe, run.concepts, images.classes, images.metaclass
             )
         settings = Settings.of(pipe, **given)
+        if not begun:
+            check_fits(pipe, images, settings)
         made = synthesize(
             pipe, images, run.out, settings, suffixes, concepts, progress=progress
         )
@@ -210,7 +222,7 @@ def status(
             value = (', '.join(words[:5]) + more) or 'nothing'
         print(f'{name:<11}', 'unknown yet' if value is None else value)
 
-# %% ../../nbs/app/cli.ipynb #92af984f
+# %% ../../nbs/app/cli.ipynb #01a13c76
 FileArgument = typer.Argument(help='An image of its metadata, as train/oak/00003.png.')
 ToOption = typer.Option(help='Where to write it: a new file.')
 
@@ -234,6 +246,7 @@ def remake(
     require(not to.exists(), f'--to {to}: is there already; give another name')
     run = RunFolder(folder).about()
     made_with = {k: run[k] for k in ('model', 'dtype', 'size', 'batch_size')}
+    made_with |= {name: run.get(name, False) for name in ('vae_tiling', 'tf32')}
     settings = ModelSettings(**{**made_with, **given['model']})
     save_png(to, again(load_pipeline(settings), folder, file_name))
     print(to)

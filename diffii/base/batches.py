@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Pixels', 'one_hot', 'Labelled', 'shift', 'mirror', 'Prepare', 'Views']
 
-# %% ../../nbs/base/batches.ipynb #ae08d841
+# %% ../../nbs/base/batches.ipynb #af6844f6
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 from .backbones import square
 from .files import require
-from .seeds import seed_of
+from .seeds import seed_of, seeded
 
 # %% ../../nbs/base/batches.ipynb #fc34db25
 class Pixels:
@@ -100,7 +100,7 @@ def mirror(x):  # (n, 3, h, w) images
     which = (torch.rand(len(x)) < 0.5).to(x.device)
     return torch.where(which[:, None, None, None], x.flip(-1), x)
 
-# %% ../../nbs/base/batches.ipynb #9ea80b6d
+# %% ../../nbs/base/batches.ipynb #95d50ad3
 @dataclass
 class Prepare:
     "From a uint8 batch to normalised floats: augmented for training, else the middle."
@@ -128,10 +128,7 @@ class Prepare:
         return x.contiguous(memory_format=torch.channels_last), *others
 
     def _augmented(self, x):
-        import torch
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(self.seed, 'augment', self.batch))
+        with seeded(seed_of(self.seed, 'augment', self.batch)):
             self.batch += 1
             x = self._cropped(x)
             return mirror(x) if self.flip else x

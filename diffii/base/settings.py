@@ -32,7 +32,7 @@ from fastcore.basics import patch
 from .files import UserError, read_json, require
 from .methods import METHODS
 
-# %% ../../nbs/base/settings.ipynb #00bfb017
+# %% ../../nbs/base/settings.ipynb #20921689
 def setting(
     default,
     option: str | bool = '',  # the command's option; by default the field's name
@@ -41,9 +41,11 @@ def setting(
     most: float | None = None,  # largest value
     choices: tuple = (),  # all values there are
     first: bool = False,  # shown first in the help: most people need it
+    # it changes time and memory only: a run may go on with another value
+    aside: bool = False,
 ):
     "A dataclass field with what is known of its values. `option=False` hides it."
-    about = dict(option=option, least=least, above=above, most=most)
+    about = dict(option=option, least=least, above=above, most=most, aside=aside)
     return field(
         default=default, metadata={**about, 'choices': choices, 'first': first}
     )
@@ -198,7 +200,7 @@ def _convert(spec, value, name):
         raise wrong
     return got
 
-# %% ../../nbs/base/settings.ipynb #35f6cbcf
+# %% ../../nbs/base/settings.ipynb #bad43dfb
 @dataclass
 class Group:
     "Settings that belong together; every value is checked when the object is made."
@@ -223,6 +225,11 @@ class Group:
     ):
         "The group with what is given, what the model recommends, and the defaults."
         return settings_for(cls, recommended(cls, pipe, metaclass), **given)
+
+    def deciding(self) -> dict:
+        "The values that decide what comes out, without those of time and memory alone."
+        kept = [s.name for s in specs(type(self)) if not s.about.get('aside')]
+        return {name: getattr(self, name) for name in kept}
 
 # %% ../../nbs/base/settings.ipynb #f6eeece7
 def recommended(
@@ -262,7 +269,7 @@ class ImageSettings(Group):
     image_column: str = setting('file_name')
     label_column: str = setting('label')  # of a CSV table: the column of categories
 
-# %% ../../nbs/base/settings.ipynb #003cd0ea
+# %% ../../nbs/base/settings.ipynb #e30ce540
 @dataclass
 class ModelSettings(Group):
     "The diffusion model, and how it is loaded."
@@ -272,18 +279,30 @@ class ModelSettings(Group):
     model: str = setting('tiny', first=True)
     # where the networks run: cpu, cuda, cuda:1 or mps; by default the fastest there is
     device: str | None = setting(None)
-    # precision of the frozen networks; what is trained stays float32
-    dtype: str = setting('float32', choices=('float32', 'float16', 'bfloat16'))
+    # precision of the frozen networks; what is trained stays float32. By default float16 on
+    # a GPU that is quick with it, bfloat16 on one that has only that, else float32
+    dtype: str = setting('auto', choices=('auto', 'float32', 'float16', 'bfloat16'))
+    # on a GPU, multiply float32 in TF32: quicker, and exact to three digits
+    tf32: bool = setting(False)
     variant: str | None = setting(None)  # variant of the weight files, as fp16
     # side of the images in pixels; by default the model's own
     size: int | None = setting(None, least=8)
     batch_size: int = setting(64, least=1)  # images for one call of the U-Net
+    # images for one call of the autoencoder; by default as many as of the U-Net, and fewer
+    # where memory runs out
+    vae_batch: int | None = setting(None, least=1, aside=True)
+    # cut large images into tiles in the autoencoder, which takes less memory; the tiles are
+    # blended where they meet
+    vae_tiling: bool = setting(False)
+    # on a GPU, what is not in use waits in the memory of the CPU: text encoders and
+    # autoencoder while the U-Net works
+    offload: bool = setting(True, aside=True)
     # keep the checkpoint's safety checker; what it flags is sampled again
     safety_checker: bool = setting(False)
     # compile the U-Net with torch.compile first, which takes a minute or more
     compile: bool = setting(False)
 
-# %% ../../nbs/base/settings.ipynb #f1665079
+# %% ../../nbs/base/settings.ipynb #1bd1bdd8
 LR_SCHEDULES = ('constant', 'linear', 'cosine')
 
 
@@ -300,6 +319,14 @@ class ConceptSettings(Group):
     steps: int = setting(35000, option='concept-steps', least=0)  # optimizer steps
     # images for one step, over all processes
     batch_size: int = setting(2, option='concept-batch', least=1)
+    # of these, images at a time in each process, whose gradients are added up; by default
+    # all, and fewer where memory runs out
+    micro_batch: int | None = setting(
+        None, option='concept-micro-batch', least=1, aside=True
+    )
+    # compute activations again in the backward pass, which takes less memory and a third
+    # more time; turned on by itself where memory runs out
+    checkpointing: bool = setting(False, aside=True)
     # learning rate of the LoRA
     lr: float = setting(5e-5, option='concept-lr', above=0)
     token_lr: float = setting(5e-5, above=0)  # learning rate of the tokens
@@ -308,6 +335,11 @@ class ConceptSettings(Group):
     # of tokens and LoRA, by AdamW
     weight_decay: float = setting(1e-2, option='concept-weight-decay', least=0)
     max_norm: float = setting(1.0, above=0)  # the gradient's norm is clipped here
+    # weigh steps by min-SNR with this gamma, as 5 (arXiv 2303.09556); by default all alike
+    snr_gamma: float | None = setting(None, above=0)
+    # what SDXL is told of an image's size and crop in learning: those of the image, or of
+    # the model, as in sampling
+    size_ids: str = setting('image', choices=('image', 'model'))
     # word whose embedding the tokens start from; empty for the metaclass
     init_word: str = setting('')
     # standard deviation of noise on that start, in units of the embedding table's own

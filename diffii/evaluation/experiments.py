@@ -387,7 +387,7 @@ def _check_images(e, condition, train):
         if METHODS[settings.sampling.method].learn != 'none':
             check_learning(e.pipe, train, settings.concepts)
 
-# %% ../../nbs/evaluation/experiments.ipynb #41a0abf7
+# %% ../../nbs/evaluation/experiments.ipynb #fabdd55a
 def about_run(e: Experiment, dataset: str) -> dict:
     "What decides the numbers of an experiment, as it can stand in JSON."
     from diffii.base.pipeline import model_digest
@@ -404,8 +404,10 @@ def about_run(e: Experiment, dataset: str) -> dict:
     trials = {
         name: getattr(s.trials, name) for name in ('seed', 'preset', 'clip', 'quick')
     }
-    model = asdict(s.model)
+    model = s.model.deciding()
     model = {k: v for k, v in model.items() if k not in ('device', 'compile')}
+    if s.model.dtype == 'auto':
+        model['dtype'] = e.pipe.dtype_name
     if s.model.model == 'tiny':
         which = dict(version=model_notes('tiny').get('version', 1))
     else:

@@ -6,7 +6,7 @@
 __all__ = ['TrainingStream', 'lr_schedule', 'sgd', 'valid_accuracy', 'make_learner', 'Scores', 'score', 'Result', 'together',
            'evaluate', 'train_classifier']
 
-# %% ../../nbs/method/classifier.ipynb #6c890187
+# %% ../../nbs/method/classifier.ipynb #e81c1b77
 import contextlib
 import time
 from dataclasses import dataclass, field, replace
@@ -18,7 +18,7 @@ from ..base.backbones import body_and_head, build_model
 from ..base.batches import Pixels, Views, one_hot
 from ..base.files import require
 from ..base.processes import processes, step_reporter
-from ..base.seeds import seed_of
+from ..base.seeds import seed_device, seed_of, seeded
 from ..base.settings import ClassifierSettings
 
 # %% ../../nbs/method/classifier.ipynb #f422296e
@@ -318,26 +318,14 @@ def _resolved(settings, n_train):
     lr = s.lr or (0.1 if s.arch == 'small' else 0.01)
     return replace(s, steps=steps, resize=resize, device=device, lr=lr)
 
-# %% ../../nbs/method/classifier.ipynb #545ad47f
-@contextlib.contextmanager
-def _seeded(seed, device):
-    "A block with random numbers of its own."
-    import torch
-
-    cuda = [device] if device.startswith('cuda') else []
-    with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed_of(seed, 'classifier'))
-        yield
-
-
+# %% ../../nbs/method/classifier.ipynb #554e9b24
 def _network(classes, settings, seed):
     "The network on its device, and how sets become batches for it."
-    import torch
-
     s, ps = settings, processes()
     model, stats = build_model(s.arch, len(classes), s.size, s.pretrained)
     if ps.process_index:  # the same network, other dropout
-        torch.manual_seed(seed_of(seed, 'classifier', ps.process_index))
+        own = seed_of(seed, 'classifier', ps.process_index)
+        seed_device(own, settings.device)
     views = Views(
         tuple(classes),
         s.size,
@@ -407,7 +395,7 @@ def evaluate(
 def _softmax(x):
     return x.float().softmax(-1)
 
-# %% ../../nbs/method/classifier.ipynb #b134098e
+# %% ../../nbs/method/classifier.ipynb #e7f3da25
 def train_classifier(
     train,  # real images: an `ImageSet`
     test=None,  # images to report on, never looked at before
@@ -430,7 +418,7 @@ def train_classifier(
         same = tuple(test.classes) == tuple(train.classes)
         require(same, 'test set: its categories differ from those of the training set')
     settings = _resolved(settings, len(train))
-    with _seeded(seed, settings.device):
+    with seeded(seed_of(seed, 'classifier'), settings.device):
         model, views = _network(train.classes, settings, seed)
         learn, epochs = make_learner(
             train, model, settings, views, synthetic, valid, seed, class_weights

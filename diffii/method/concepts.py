@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['ADAPTER', 'LORA_TARGETS', 'ANEW', 'SAMPLES', 'LORA_FILE', 'RELEARN', 'sample_images', 'ExtraEmbeddings', 'Concepts',
-           'named_concepts', 'lora_config', 'start_embeddings', 'LatentBatches', 'ConceptLearner', 'ConceptTraining',
-           'CheckpointNotes', 'sample_row', 'check_learning', 'learn_concepts', 'embeddings_file', 'ConceptRecord']
+           'named_concepts', 'lora_config', 'start_embeddings', 'LatentBatches', 'snr_weights', 'ConceptLearner',
+           'ConceptTraining', 'CheckpointNotes', 'sample_row', 'recompute', 'check_learning', 'learn_concepts',
+           'embeddings_file', 'ConceptRecord']
 
-# %% ../../nbs/method/concepts.ipynb #a0a07fe1
+# %% ../../nbs/method/concepts.ipynb #b02a983c
 import copy
 import hashlib
 import warnings
@@ -30,7 +31,8 @@ from diffii.base.files import (
     sort_notes,
 )
 from ..base.images import ImageSet
-from ..base.pipeline import Pipeline, model_digest, out_of_memory, same_model
+from ..base.memory import even_slices, out_of_memory
+from ..base.pipeline import Pipeline, model_digest, same_model
 from ..base.processes import processes, step_reporter, training_accelerator
 from ..base.prompts import clean_text, prompt_of
 from ..base.records import inside, read_record, read_tensors, write_record
@@ -40,11 +42,12 @@ from .diffusion import ddim_grid, ddim_step
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils.memory import clear_device_cache
 from fastcore.basics import patch
 from PIL import Image, ImageOps
 from torch import nn
 
-# %% ../../nbs/method/concepts.ipynb #d56868cb
+# %% ../../nbs/method/concepts.ipynb #b0cfedde
 @torch.no_grad()
 def sample_images(
     pipe: Pipeline,
@@ -54,7 +57,8 @@ def sample_images(
 ) -> list:  # n Pillow images
     "Sample an image from each noise under its prompt, with the model's own guidance."
     scale = SamplingSettings.of(pipe).guidance_scale
-    cond = pipe.encode_ids(pipe.tokenize(prompts))
+    with pipe.at_work('text'):
+        cond = pipe.encode_ids(pipe.tokenize(prompts))
     none = pipe.encode_prompts([''] * len(prompts))
     grid, x = ddim_grid(pipe, steps), noise.to(pipe.device)
     for t, abar, abar_next in zip(grid.timesteps, grid.abar, grid.abar[1:]):
@@ -246,7 +250,7 @@ def start_embeddings(
         out.append(table[ids].mean(0) + settings.init_noise * table.std() * noise)
     return out
 
-# %% ../../nbs/method/concepts.ipynb #7be558c5
+# %% ../../nbs/method/concepts.ipynb #8ed7b7fa
 class LatentBatches:
     "Latents of the training images, as they are and mirrored, and the batches of steps."
 
@@ -254,13 +258,18 @@ class LatentBatches:
         self, pipe: Pipeline, images: ImageSet, settings: ConceptSettings, seed: int
     ):
         self.settings, self.seed = settings, seed
-        views = [[pipe.fit(images.open(i)) for i in range(len(images))]]
+        fitted, sizes = [], []
+        for i in range(len(images)):  # full sizes are not held in memory
+            image = images.open(i)
+            fitted.append(pipe.fit(image))
+            sizes.append(pipe.size_ids(image.size))
+        views = [fitted]
         if settings.flip:
-            views.append([ImageOps.mirror(image) for image in views[0]])
+            views.append([ImageOps.mirror(image) for image in fitted])
         self.latents = torch.stack([pipe.encode_images(v) for v in views], dim=1)
-        self.labels = np.array(images.labels)
+        self.labels, self.sizes = np.array(images.labels), torch.tensor(sizes)
 
-    def draw(self, step: int) -> tuple:  # latents, labels, noise, timesteps
+    def draw(self, step: int) -> tuple:  # latents, labels, noise, timesteps, sizes
         "The whole batch of a step; the number of the step decides it."
         n, (n_images, n_views, *shape) = self.settings.batch_size, self.latents.shape
         rng = np.random.default_rng(seed_of(self.seed, 'batch', step))
@@ -274,14 +283,33 @@ class LatentBatches:
         noise = torch.randn((n, *shape), generator=g)
         timesteps = torch.randint(0, 1000, (n,), generator=g)
         labels = torch.from_numpy(self.labels[image])
-        return self.latents[image, view], labels, noise, timesteps
+        about = noise, timesteps, self.sizes[image]
+        return self.latents[image, view], labels, *about
 
-# %% ../../nbs/method/concepts.ipynb #1f714d1e
+# %% ../../nbs/method/concepts.ipynb #d817101b
+def snr_weights(
+    abar: torch.Tensor,  # of the timesteps
+    gamma: float,  # the signal-to-noise ratio from which losses are held down
+    velocity: bool = False,  # of a loss of velocities, not of noise
+) -> torch.Tensor:  # a weight for each timestep
+    "Weights of the losses at different timesteps by min-SNR (arXiv 2303.09556)."
+    snr = abar / (1 - abar)
+    if velocity:
+        return snr.clamp(max=gamma) / (snr + 1)
+    return (gamma / snr).clamp(max=1)
+
+# %% ../../nbs/method/concepts.ipynb #faec09a9
 class ConceptLearner(nn.Module):
     "The loss of Eq. 2, with a prompt for each category."
 
-    def __init__(self, pipe: Pipeline, prompts: list):
+    def __init__(
+        self,
+        pipe: Pipeline,
+        prompts: list,  # of the categories
+        settings: ConceptSettings | None = None,  # by default the paper's
+    ):
         super().__init__()
+        self.settings = settings or ConceptSettings()
         self.pipe, self.ids = pipe, pipe.tokenize(prompts)
         encoders = [getattr(pipe.pipe, encoder) for _, encoder in pipe.text_parts]
         self.unet, self.encoders = pipe.unet, nn.ModuleList(encoders)
@@ -293,12 +321,21 @@ class ConceptLearner(nn.Module):
         labels: torch.Tensor,  # (n,) categories
         noise: torch.Tensor,  # (n, c, h, w)
         timesteps: torch.Tensor,  # (n,)
+        sizes: torch.Tensor | None = None,  # (n, 6), which SDXL is told
     ) -> torch.Tensor:  # the mean squared error
         a = self.abar[timesteps].view(-1, 1, 1, 1)
         x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise
         present, which = labels.unique(return_inverse=True)
         cond = self.pipe.encode_ids([ids[present] for ids in self.ids])[which]
-        return F.mse_loss(self.pipe.predict_eps(x_t, timesteps, cond), noise)
+        if self.settings.size_ids == 'image':
+            cond.sizes = sizes
+        velocity = self.pipe.predicts_velocity
+        target = a.sqrt() * noise - (1 - a).sqrt() * x0 if velocity else noise
+        out = self.pipe.unet_output(x_t, timesteps, cond)
+        if self.settings.snr_gamma is None:
+            return F.mse_loss(out, target)
+        weights = snr_weights(a, self.settings.snr_gamma, velocity)
+        return (weights * F.mse_loss(out, target, reduction='none')).mean()
 
 # %% ../../nbs/method/concepts.ipynb #f4733139
 def _new_lora(pipe, rank, seed):
@@ -319,7 +356,7 @@ def _optimizer(embeddings, lora, settings):
     groups = [dict(params=p, lr=lr, initial_lr=lr) for p, lr in groups if p]
     return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
 
-# %% ../../nbs/method/concepts.ipynb #db4f96a9
+# %% ../../nbs/method/concepts.ipynb #781f1873
 class ConceptTraining:
     "Concepts in training on a model, step by step; `learn_concepts` makes all steps."
 
@@ -331,13 +368,17 @@ class ConceptTraining:
         self.concepts = Concepts(*about, start, {})
         self.batches = LatentBatches(pipe, images, settings, seed)
         self.done = 0  # steps that were made
+        self.skipped = 0  # of these, steps whose gradients were too large for float16
+        self.micro_batch = settings.micro_batch or settings.batch_size
+        self.checkpointing = settings.checkpointing
 
     @contextmanager
     def on_model(self):
         "A block in which tokens and LoRA are on the model, for training."
         pipe, settings = self.pipe, self.concepts.settings
-        with self.concepts.attached(pipe):
+        with pipe.at_work('text'), self.concepts.attached(pipe):
             try:
+                recompute(pipe, self.checkpointing)
                 encoders = [getattr(pipe.pipe, e) for _, e in pipe.text_parts]
                 self.embeddings = [e.get_input_embeddings().extra for e in encoders]
                 lora = _new_lora(pipe, settings.rank, self.seed)
@@ -345,17 +386,18 @@ class ConceptTraining:
                 self.parameters = [*self.embeddings, *lora]
                 yield
             finally:
+                recompute(pipe, False)
                 if settings.rank:
                     pipe.pipe.unload_lora_weights()
 
-# %% ../../nbs/method/concepts.ipynb #044dfe8a
+# %% ../../nbs/method/concepts.ipynb #d208b254
 @patch
 def _prepare(self: ConceptTraining, adamw):
-    "Learner and optimizer, as accelerate wraps them."
-    self.adamw = adamw
-    prompts = [self.concepts.prompt(k) for k in range(len(self.concepts.classes))]
-    learner = ConceptLearner(self.pipe, prompts)
-    self.learner, self.optimizer = self.accelerator.prepare(learner, adamw)
+    "Learner and optimizer; accelerate's scales the gradients of float16."
+    concepts, self.adamw = self.concepts, adamw
+    prompts = [concepts.prompt(k) for k in range(len(concepts.classes))]
+    self.learner = ConceptLearner(self.pipe, prompts, concepts.settings)
+    self.optimizer = self.accelerator.prepare(adamw)
 
 
 @patch
@@ -363,16 +405,16 @@ def step(self: ConceptTraining) -> float:
     "One optimizer step; returns the loss, the mean over all processes."
     acc, settings = self.accelerator, self.concepts.settings
     batch = self.batches.draw(self.done)
-    share = [x[acc.process_index :: acc.num_processes] for x in batch]
-    with deterministic(acc.device.type == 'cpu'):
-        with acc.autocast():
-            loss = self.learner(*[x.to(self.pipe.device) for x in share])
-        acc.backward(loss)
+    loss = self._gradients([x[acc.process_index :: acc.num_processes] for x in batch])
+    self._average_gradients()
     acc.clip_grad_norm_(self.parameters, settings.max_norm)
     self.optimizer.step()
+    if self.optimizer.step_was_skipped:
+        self.skipped += 1
+    else:
+        self.schedule.step()
     self.optimizer.zero_grad()
-    self.schedule.step()
-    loss = acc.reduce(loss.detach(), 'mean').item()
+    loss = acc.reduce(loss, 'mean').item()
     self.done += 1
     spoilt = (
         f'concept learning: the loss of step {self.done} is {loss}; lower '
@@ -382,7 +424,7 @@ def step(self: ConceptTraining) -> float:
     self.concepts.log.append(loss)
     return loss
 
-# %% ../../nbs/method/concepts.ipynb #76293e15
+# %% ../../nbs/method/concepts.ipynb #2d128aa7
 @patch
 def begin(self: ConceptTraining, file: Path | None = None):
     "Start, or go on from a checkpoint where there is one."
@@ -396,7 +438,7 @@ def begin(self: ConceptTraining, file: Path | None = None):
         self.adamw,
         num_warmup_steps=0,
         num_training_steps=settings.steps,
-        last_epoch=self.done - 1,
+        last_epoch=self.done - self.skipped - 1,
     )
 
 
@@ -421,7 +463,7 @@ def finish(self: ConceptTraining) -> Concepts:
         concepts.lora = {k: v.detach().cpu().clone() for k, v in lora.items()}
     return concepts
 
-# %% ../../nbs/method/concepts.ipynb #72552153
+# %% ../../nbs/method/concepts.ipynb #08c21142
 @dataclass
 class CheckpointNotes:
     "What a checkpoint says beside its tensors."
@@ -432,6 +474,8 @@ class CheckpointNotes:
     base: str  # fingerprint of the model
     settings: ConceptSettings
     classes: list[str]
+    skipped: int = 0  # steps whose gradients were too large for float16
+    scaler: dict | None = None  # the scale of its losses
 
 
 ANEW = 'delete it to learn the concepts from the start'
@@ -444,9 +488,12 @@ def write_checkpoint(self: ConceptTraining, file: Path):
     tensors = {f'p.{i}': p for i, p in enumerate(self.parameters)}
     about = dict(step=self.done, seed=self.seed, log=concepts.log, base=concepts.base)
     about |= dict(settings=asdict(concepts.settings), classes=concepts.classes)
+    about |= dict(skipped=self.skipped)
+    if self.accelerator.scaler:
+        about |= dict(scaler=self.accelerator.scaler.state_dict())
     save_tensors(file, {**tensors, **optimizer_tensors(self.optimizer)}, about)
 
-
+# %% ../../nbs/method/concepts.ipynb #492643ec
 @patch
 def read_checkpoint(self: ConceptTraining, file: Path):
     "Go on from a checkpoint. Raises `UserError` for one of another run."
@@ -456,7 +503,9 @@ def read_checkpoint(self: ConceptTraining, file: Path):
     run = f'{file}: belongs to a run with another'
     same = same_model(about['base'], concepts.base)
     require(same, f'{run} model; delete it or give the old one')
-    now = dict(settings=asdict(concepts.settings), classes=list(concepts.classes))
+    now = dict(settings=concepts.settings.deciding(), classes=list(concepts.classes))
+    # what an older version did not know has its default
+    about['settings'] = ConceptSettings(**about['settings']).deciding()
     for key, value in {**now, 'seed': self.seed}.items():
         differs = (
             f'{key} ({about[key]!r}, now {value!r}); delete it or give the old value'
@@ -467,7 +516,9 @@ def read_checkpoint(self: ConceptTraining, file: Path):
             p.copy_(tensors[f'p.{i}'])
     load_optimizer_tensors(self.optimizer, tensors)
     concepts.log[:] = about['log']
-    self.done = about['step']
+    self.done, self.skipped = about['step'], about.get('skipped', 0)
+    if self.accelerator.scaler and about.get('scaler'):
+        self.accelerator.scaler.load_state_dict(about['scaler'])
 
 # %% ../../nbs/method/concepts.ipynb #05b228a7
 SAMPLES = 'samples'  # folder of the sample pictures, beside the concepts
@@ -506,20 +557,101 @@ def show_trackers(self: ConceptTraining, loss: float, sample_every: int, folder=
         else:
             t.log_images({'samples': [row]}, step=self.done)
 
-# %% ../../nbs/method/concepts.ipynb #cead8427
+# %% ../../nbs/method/concepts.ipynb #91169f00
+def recompute(
+    pipe: Pipeline,
+    on: bool,  # else activations are kept
+):
+    "Let U-Net and text encoders compute activations again in the backward pass, or not."
+    if on:
+        pipe.unet.enable_gradient_checkpointing()
+    else:
+        pipe.unet.disable_gradient_checkpointing()
+    for _, name in pipe.text_parts:
+        _recompute_encoder(getattr(pipe.pipe, name), on)
+
+
+def _recompute_encoder(encoder, on):
+    "The same for a text encoder, in which nothing else is as in training."
+    change = 'enable' if on else 'disable'
+    older = getattr(encoder, f'gradient_checkpointing_{change}')
+    switch = getattr(encoder, f'activation_checkpointing_{change}', older)
+    switch(*([dict(use_reentrant=False)] if on else []))
+    for layer in encoder.modules():
+        if hasattr(layer, 'gradient_checkpointing'):
+            layer.training = on  # asked by the layer; dropout asks its own modules
+
+# %% ../../nbs/method/concepts.ipynb #88f34fd6
+@patch
+def _gradients(self: ConceptTraining, share):
+    "Leave the gradient of a share of a batch on the parameters; returns its loss."
+    while True:
+        try:
+            return self._accumulate(share)
+        except (RuntimeError, MemoryError) as e:
+            if not out_of_memory(e):
+                raise
+        # out here the tensors of the failed attempt are free
+        self.optimizer.zero_grad()
+        warnings.warn(f'memory ran out in concept learning; {self._save_memory(share)}')
+
+
+@patch
+def _accumulate(self: ConceptTraining, share):
+    "The gradients of micro-batches, added up; returns the loss."
+    acc, n, total = self.accelerator, len(share[0]), 0
+    for part in even_slices(n, self.micro_batch):
+        batch = [x[part].to(self.pipe.device) for x in share]
+        with deterministic(acc.device.type == 'cpu'):
+            with acc.autocast():
+                loss = self.learner(*batch) * (len(batch[0]) / n)
+            acc.backward(loss)
+        total = total + loss.detach()
+    return total
+
+# %% ../../nbs/method/concepts.ipynb #53802548
+@patch
+def _save_memory(self: ConceptTraining, share) -> str:  # what changes, in words
+    "Take less memory from here on. Raises `UserError` where that is not possible."
+    clear_device_cache(garbage_collection=True)
+    if not self.checkpointing:
+        self.checkpointing = True
+        recompute(self.pipe, True)
+        return 'activations are computed again from here on (--checkpointing)'
+    self.micro_batch = min(self.micro_batch, len(share[0])) // 2
+    require(self.micro_batch, _too_little(self.concepts.settings))
+    return f'{self.micro_batch} images at a time from here on (--concept-micro-batch)'
+
+
+@patch
+def _average_gradients(self: ConceptTraining):
+    "Of several processes, the mean of their gradients in all."
+    if self.accelerator.num_processes == 1:
+        return
+    grads = [p.grad for p in self.parameters]
+    mean = self.accelerator.reduce(torch.cat([g.flatten() for g in grads]), 'mean')
+    for g, part in zip(grads, mean.split([g.numel() for g in grads])):
+        g.copy_(part.view_as(g))
+
+# %% ../../nbs/method/concepts.ipynb #53a02f21
+def _too_little(settings) -> str:
+    return (
+        f'--concept-batch {settings.batch_size}: memory ran out in concept learning, '
+        'with one image at a time and recomputed activations; free memory, and the same '
+        'command goes on from here, or begin anew with --dtype float16 or a smaller '
+        '--size'
+    )
+
+
 @contextmanager
 def _enough_memory(settings):
-    "A block in which a full memory is a `UserError` that names the batch size."
+    "A block in which a full memory is a `UserError`."
     try:
         yield
     except (RuntimeError, MemoryError) as e:
         if not out_of_memory(e):
             raise
-        raise UserError(
-            f'--concept-batch {settings.batch_size}: memory ran out in concept '
-            'learning; give a smaller one, --dtype float16 or a smaller --size, or '
-            'more processes, which share the batch'
-        ) from e
+        raise UserError(_too_little(settings)) from e
 
 
 def check_learning(pipe: Pipeline, images: ImageSet, settings: ConceptSettings):
@@ -575,7 +707,7 @@ def learn_concepts(
         file.unlink(missing_ok=True)
     return concepts
 
-# %% ../../nbs/method/concepts.ipynb #c892e085
+# %% ../../nbs/method/concepts.ipynb #53554d7c
 def _all_steps(training, file, sample_every, folder):  # yields the loss of every step
     "Make the steps that are left, with samples, trackers and checkpoints."
     settings = training.concepts.settings
@@ -593,7 +725,7 @@ def _learned_before(pipe, images, settings, folder):
     "The concepts in a folder. Raises `UserError` where they are not the ones asked for."
     concepts = Concepts.load(folder)
     same = (
-        concepts.settings == settings
+        concepts.settings.deciding() == settings.deciding()
         and tuple(concepts.classes) == tuple(images.classes)
         and same_model(concepts.base, model_digest(pipe))
     )

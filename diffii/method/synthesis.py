@@ -6,10 +6,10 @@
 __all__ = ['Planner', 'plan_row', 'settings_of', 'another_row', 'begins_at', 'make_plan', 'number_batches', 'start_latents',
            'fresh_noise', 'make_batch', 'circle_strip', 'soft_targets']
 
-# %% ../../nbs/method/synthesis.ipynb #13bc5227
+# %% ../../nbs/method/synthesis.ipynb #c03dc53f
 from ..base.files import IMAGES, folder_name
 from ..base.methods import METHODS
-from ..base.pipeline import Pipeline
+from ..base.pipeline import ROOMS, Pipeline
 from ..base.seeds import generator
 from ..base.settings import SamplingSettings
 from .concepts import Concepts
@@ -253,17 +253,17 @@ def fresh_noise(
         drawn.append(torch.randn(shape, generator=generator(*key)))
     return torch.stack(drawn, 1)
 
-# %% ../../nbs/method/synthesis.ipynb #605927c9
+# %% ../../nbs/method/synthesis.ipynb #c7475e4c
 def make_batch(
     pipe: Pipeline,
     concepts: Concepts,  # attached to `pipe` by the caller
     pool: InversionPool | None,
     rows: list,  # of one batch
 ) -> list:  # of Pillow images; None where one failed
-    "The images of one batch. `pipe.micro_batch` says afterwards in which parts they were made."
-    pipe.micro_batch = min(
-        pipe.micro_batch, rows[0].get('micro_batch') or pipe.micro_batch
-    )
+    "The images of one batch. `pipe.smaller_parts` tells afterwards how they were made."
+    for name in ROOMS.values():
+        most = getattr(pipe, name)
+        setattr(pipe, name, min(most, rows[0].get(name) or most))
     while True:
         began = pipe.micro_batch
         images = _make_batch(pipe, concepts, pool, rows)

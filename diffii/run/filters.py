@@ -171,17 +171,19 @@ def _rivals(job, k):
     rng = np.random.default_rng(seed_of(job.seed, 'rivals', job.made.classes[k]))
     return rng.permutation(others)[: job.settings.rivals].tolist()
 
-# %% ../../nbs/run/filters.ipynb #5748c30c
+# %% ../../nbs/run/filters.ipynb #85a75681
 def _features(
     images: list,  # RGB images
     model,  # what `lpips_model` returned
     side: int,  # to which the images are brought
     batch_size: int,
 ):
-    "LPIPS features of images, batch by batch."
+    "LPIPS features of images, batch by batch, on the CPU."
+    device = next(model.parameters()).device
     for i in range(0, len(images), batch_size):
         batch = np.stack([square(im, side) for im in images[i : i + batch_size]])
-        yield lpips_features(model, torch.from_numpy(batch).float() / 127.5 - 1)
+        x = torch.from_numpy(batch).to(device).float() / 127.5 - 1
+        yield lpips_features(model, x).cpu()
 
 
 def distances(
@@ -378,18 +380,19 @@ def nearest(
     far = distances(real, candidates, net, batch_size)
     return sorted(far.argsort(stable=True)[:keep].tolist())
 
-# %% ../../nbs/run/filters.ipynb #6a3f4c79
+# %% ../../nbs/run/filters.ipynb #31e5affd
 def drop_candidates(
     images: ImageSet,  # the real images
     plan: list,  # rows of all candidates
     folder: RunFolder,
     settings: SamplingSettings,
+    device='cpu',  # where the network runs
 ):
     "Of each category's candidates keep the nearest to its real images, one of several."
     there = folder.dropped.is_file()
     gone = read_record(folder.dropped, list[str], DROPPED) if there else []
     if not gone:
-        net = lpips_model(settings.filter_net)
+        net = lpips_model(settings.filter_net, device)
         for k in range(len(images.classes)):
             gone += _far_ones(images, k, plan, folder, settings.candidates, net)
         folder.write_text(folder.dropped, json.dumps(gone, indent=1) + '\n')

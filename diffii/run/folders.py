@@ -167,7 +167,7 @@ LEAST |= dict(steps=1, stride=1)
 MOST = dict(label_weight=1, split_ratio=1, steps=1000)
 N_SOURCES = dict(circle=2, image=1, noise=0)  # images that one starts from
 
-# %% ../../nbs/run/folders.ipynb #d79852f5
+# %% ../../nbs/run/folders.ipynb #d322a91b
 @dataclass
 class Row:
     "Everything that makes one synthetic image: a line of a plan, or of metadata."
@@ -182,7 +182,7 @@ class Row:
     seed: int  # of the run
     index: int  # number of the image in its category
     attempt: int  # 0 as planned; others are drawn again
-    micro_batch: int | None  # images that memory had room for, if fewer than a batch
+    micro_batch: int | None  # images that the U-Net had room for, if fewer than a batch
     source_label: str  # the category of the real images
     sources: list[str]  # names of the inversions
     strength: float | None
@@ -198,6 +198,7 @@ class Row:
     solver: str
     stride: int
     batch: int  # number of the batch that it was made in
+    vae_batch: int | None = None  # images that the autoencoder had room for, if fewer
     few_step: str | None = None  # few-step weights, as they were named
     calls: int | None = None  # of the U-Net, with few-step weights
     fresh_noise: float | None = None
@@ -234,7 +235,7 @@ STATE = '.diffii'  # folder of the run's state inside the output folder
 RECORD = f'{STATE}/run.json'
 DROPPED = 'restore it, or delete it to have the dropped images back'
 
-# %% ../../nbs/run/folders.ipynb #a17fb1cc
+# %% ../../nbs/run/folders.ipynb #5a04c680
 @dataclass(kw_only=True)
 class RunRecord(Head):
     "What decides the images of a run: `run.json`."
@@ -254,6 +255,8 @@ class RunRecord(Head):
     sampling: SamplingSettings
     given: str | None = None  # digest of concepts that were learned elsewhere
     few_step: str | None = None  # digest of few-step weights
+    vae_tiling: bool = False
+    tf32: bool = False
 
     def __post_init__(self):
         ok = self.size >= 8 and self.batch_size >= 1

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['status', 'damaged_files', 'per_minute', 'load_concepts', 'remake', 'made_with']
 
-# %% ../../nbs/run/review.ipynb #525fd0f9
+# %% ../../nbs/run/review.ipynb #cf8b9f53
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 
 from ..base.files import IMAGES, require
-from ..base.pipeline import Pipeline, model_digest, same_model
+from ..base.pipeline import ROOMS, Pipeline, model_digest, same_model
 from ..base.records import inside, read_tensors
 from ..base.settings import ConceptSettings
 from ..method.concepts import CheckpointNotes, Concepts
@@ -99,7 +99,7 @@ def load_concepts(
     of_run = tuple(about['classes']), about['metaclass'], named, about['base']
     return Concepts(*of_run, [], {})
 
-# %% ../../nbs/run/review.ipynb #29193b53
+# %% ../../nbs/run/review.ipynb #7adf7a22
 def remake(
     pipe: Pipeline,  # the model that the folder was made with
     path,  # an output folder
@@ -113,8 +113,8 @@ def remake(
     planned = {k: v for k, v in row.items() if k != 'scores'} in batch
     require(planned, f'{folder.plan}: does not have {file_name}; {AGAIN}')
     pool = _pool_of(folder, about['classes'], batch) if row['sources'] else None
-    images = row['micro_batch'] or about['batch_size']
-    with _micro_batch(pipe, images), made_with(pipe, path) as concepts:
+    parts = _parts_of(pipe, row, about['batch_size'])
+    with parts, made_with(pipe, path) as concepts:
         found = make_batch(pipe, concepts, pool, batch)
     return found[[r['file_name'] for r in batch].index(file_name)]
 
@@ -149,7 +149,7 @@ def _few_step_of(pipe, about):
     require(found.digest() == about['few_step'], f'{text} with; put the old ones back')
     return found
 
-# %% ../../nbs/run/review.ipynb #03e3af43
+# %% ../../nbs/run/review.ipynb #d8521660
 def _pool_of(folder, classes, batch):
     "The inversions of a run, which must have those that a batch was made from."
     for file in sorted(folder.pool.glob('*.safetensors')):
@@ -175,10 +175,13 @@ def _batch_of(folder, row):
 
 
 @contextmanager
-def _micro_batch(pipe, images):
-    "For the time of the block, the images that memory has room for."
-    before, pipe.micro_batch = pipe.micro_batch, images
+def _parts_of(pipe, row, batch_size):
+    "For the time of the block, the parts in which a batch was made."
+    before = {name: getattr(pipe, name) for name in ROOMS.values()}
+    for name in before:
+        setattr(pipe, name, row.get(name) or batch_size)
     try:
         yield
     finally:
-        pipe.micro_batch = before
+        for name, number in before.items():
+            setattr(pipe, name, number)

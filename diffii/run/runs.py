@@ -6,7 +6,7 @@
 __all__ = ['ATTEMPTS', 'SyntheticSet', 'load_synthetic', 'Run', 'check_run', 'run_suffixes', 'make_or_redraw', 'by_batch',
            'make_missing', 'planner_of', 'write_metadata', 'synthesize']
 
-# %% ../../nbs/run/runs.ipynb #9fa153be
+# %% ../../nbs/run/runs.ipynb #ad48c6fc
 import shlex
 import warnings
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from pathlib import Path
 from ..base.files import UserError, require
 from ..base.images import ImageSet
 from ..base.methods import METHODS, Method
-from ..base.pipeline import Pipeline, model_digest, same_model
+from ..base.pipeline import ROOMS, Pipeline, model_digest, same_model
 from ..base.processes import check_tracker, processes, reporter
 from ..base.records import short
 from diffii.base.settings import (
@@ -127,7 +127,7 @@ def load_synthetic(
         folder=folder.path,
     )
 
-# %% ../../nbs/run/runs.ipynb #ff311c32
+# %% ../../nbs/run/runs.ipynb #87afa3e5
 @dataclass
 class Run:
     "What the stages of a run share."
@@ -163,20 +163,22 @@ class Run:
             images={name: images.digest(i) for i, name in enumerate(images.names)},
             suffixes=self.suffixes,
             seed=self.seed,
-            concepts=None if self.method.learn == 'none' else asdict(learned),
+            concepts=None if self.method.learn == 'none' else learned.deciding(),
             inversion=asdict(settings.inversion),
             sampling=asdict(settings.sampling),
             **({} if concepts is None else dict(given=concepts.digest())),
+            **{name: True for name in ('vae_tiling', 'tf32') if getattr(pipe, name)},
             **({} if self.few_step is None else dict(few_step=self.few_step.digest())),
         )
 
-# %% ../../nbs/run/runs.ipynb #bd5f2d31
+# %% ../../nbs/run/runs.ipynb #0182088f
 @patch
 def in_force(self: Run) -> Settings:
     "All settings, with those of the images and the model as they were loaded."
     pipe, settings = self.pipe, self.settings
     loaded = dict(model=pipe.model, dtype=pipe.dtype_name, size=pipe.size)
-    loaded['batch_size'] = pipe.batch_size
+    loaded |= dict(batch_size=pipe.batch_size, vae_tiling=pipe.vae_tiling)
+    loaded |= dict(tf32=pipe.tf32)
     return replace(
         settings,
         images=replace(settings.images, metaclass=self.images.metaclass),
@@ -305,7 +307,7 @@ def _keep_pool(run, given, concepts):
         save_pool(given, run.folder.pool, run.images, concepts)
     processes().wait_for_everyone()
 
-# %% ../../nbs/run/runs.ipynb #1192df57
+# %% ../../nbs/run/runs.ipynb #bfaacc95
 ATTEMPTS = 3  # seeds tried for one image
 
 
@@ -322,9 +324,9 @@ def make_or_redraw(
     for attempt in range(1, ATTEMPTS + 1):
         for i, image in zip(missing, make_batch(pipe, concepts, pool, now)):
             images[i] = image
-        if pipe.micro_batch < pipe.batch_size:
-            now = [{**row, 'micro_batch': pipe.micro_batch} for row in now]
-        if attempt > 1 or now[0]['micro_batch']:
+        smaller = pipe.smaller_parts()
+        now = [{**row, **smaller} for row in now]
+        if attempt > 1 or smaller:
             unplanned += now
         missing = [i for i in missing if images[i] is None]
         if not missing:
@@ -366,7 +368,7 @@ def _written_behind(folder):
         yield write
         wait()
 
-# %% ../../nbs/run/runs.ipynb #46bbdbf9
+# %% ../../nbs/run/runs.ipynb #e619e02b
 def make_missing(
     pipe: Pipeline,
     folder: RunFolder,
@@ -393,7 +395,7 @@ def make_missing(
             if is_made(batch):
                 continue
             number = batch[0]['batch']
-            rows = [{**row, 'micro_batch': parts[number]} for row in batch]
+            rows = [{**row, **parts[number]} for row in batch]
             images, unplanned = make_or_redraw(pipe, concepts, pool, rows, redraw)
             folder.write_redrawn(number, unplanned)
             pairs = zip(batch, images)
@@ -401,7 +403,7 @@ def make_missing(
             done += len(batch)
             progress('images', done, len(plan))
 
-# %% ../../nbs/run/runs.ipynb #a9055dae
+# %% ../../nbs/run/runs.ipynb #b4887b51
 def _wanted(folder, plan):
     "A function: is a row's image to be there, and this row the last that makes it?"
     dropped, last = folder.dropped_names(), {r['file_name']: r['batch'] for r in plan}
@@ -426,7 +428,10 @@ def _name_damaged(folder, rows, verify):
 
 def _parts(folder):
     "In which parts each batch was made before, if not as a whole."
-    return {row['batch']: row['micro_batch'] for row in folder.all_rows()}
+    return {
+        row['batch']: {name: row[name] for name in ROOMS.values() if name in row}
+        for row in folder.all_rows()
+    }
 
 
 def planner_of(folder: RunFolder, pool: InversionPool | None) -> Planner:
@@ -508,7 +513,7 @@ def synthesize(
         processes().wait_for_everyone()
         return load_synthetic(out)
 
-# %% ../../nbs/run/runs.ipynb #11a851cd
+# %% ../../nbs/run/runs.ipynb #377f74ca
 def _make_all(run, concepts):
     "Inversions, plan, images, filter, metadata; the concepts are attached."
     pool, settings, ps = _pool(run, concepts), run.settings.sampling, processes()
@@ -536,7 +541,8 @@ def _filter(run, concepts, plan):
     "Leave out what Real-Filter, or the filter of the settings, finds the worst."
     settings, folder = run.settings, run.folder
     if run.method.filtered:
-        drop_candidates(run.images, plan, folder, settings.sampling)
+        device = run.pipe.device
+        drop_candidates(run.images, plan, folder, settings.sampling, device)
     if not settings.filter.by or asdict(settings.filter) in folder.chosen()['filtered']:
         return
     write_metadata(folder)
