@@ -31,7 +31,9 @@ def augment(garden):
 def run(line, place, **kwargs):
     "The command in a folder of its own, so that no path in a run's files differs."
     place.mkdir(exist_ok=True)
-    parts = dict(capture_output=True, text=True, env=environment(), cwd=place)
+    # a limit on the size of files must not cut Python's own caches short
+    env = environment(PYTHONDONTWRITEBYTECODE='1')
+    parts = dict(capture_output=True, text=True, env=env, cwd=place)
     return subprocess.run(line, timeout=600, **parts, **kwargs)
 
 
