@@ -111,6 +111,25 @@ def test_ruff_finds_nothing(root):
         assert done.returncode == 0, done.stdout[-3000:]
 
 
+def test_modules_name_only_what_they_have(root):
+    "Cells of a notebook share names; the functions of its module may not."
+    done = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'ruff',
+            'check',
+            '--isolated',
+            '--select=F821',
+            'diffii',
+        ],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
 def test_exported_cells_hold_one_idea(notebooks):
     long = {
         f'{path}: {text.splitlines()[1]}': len(text.splitlines())

@@ -311,7 +311,7 @@ def test_suffixes_are_in_the_prompts_of_the_first_stage(planned, make):
 
 
 def test_what_is_not_finite_fails_alone(planned, make, monkeypatch):
-    def denoise(pipe, latents, *args):
+    def denoise(pipe, latents, *args, **kwargs):
         latents = latents.clone()
         latents[1, 0, 0, 0] = math.nan
         return latents
@@ -325,14 +325,14 @@ def test_what_is_not_finite_fails_alone(planned, make, monkeypatch):
 def test_an_image_of_one_colour_fails(planned, make, pipe, monkeypatch):
     blank, good = Image.new('RGB', (32, 32), 'grey'), Image.new('RGB', (32, 32))
     good.putpixel((3, 3), (255, 0, 0))
-    monkeypatch.setattr(synthesis, 'two_stage_denoise', lambda pipe, z, *args: z)
+    monkeypatch.setattr(synthesis, 'two_stage_denoise', lambda pipe, z, *_, **kw: z)
     monkeypatch.setattr(type(pipe), 'decode_latents', lambda self, z: [blank, good])
 
     assert make(planned()[:2]) == [None, good]
 
 
 def test_an_image_that_the_checker_flags_fails(planned, make, pipe, monkeypatch):
-    monkeypatch.setattr(synthesis, 'two_stage_denoise', lambda pipe, z, *args: z)
+    monkeypatch.setattr(synthesis, 'two_stage_denoise', lambda pipe, z, *_, **kw: z)
     monkeypatch.setattr(type(pipe), 'flagged', lambda self, images: [True, False])
     pipe.pipe.register_modules(safety_checker=None)
     pipe.pipe.safety_checker = object()
@@ -355,11 +355,11 @@ def test_where_memory_runs_out_all_of_the_batch_is_made_in_smaller_parts(
 ):
     sizes, denoise = [], synthesis.two_stage_denoise
 
-    def crowded(pipe, latents, *args):
+    def crowded(pipe, latents, *args, **kwargs):
         sizes.append(pipe.micro_batch)
         if len(sizes) == 1:
             pipe.micro_batch = 2  # as `in_parts` does where memory runs out
-        return denoise(pipe, latents, *args)
+        return denoise(pipe, latents, *args, **kwargs)
 
     monkeypatch.setattr(synthesis, 'two_stage_denoise', crowded)
     images = make(planned(steps=3)[:5])

@@ -321,6 +321,8 @@ def _resolved(settings, n_train):
 # %% ../../nbs/method/classifier.ipynb #554e9b24
 def _network(classes, settings, seed):
     "The network on its device, and how sets become batches for it."
+    import torch
+
     s, ps = settings, processes()
     model, stats = build_model(s.arch, len(classes), s.size, s.pretrained)
     if ps.process_index:  # the same network, other dropout
