@@ -308,7 +308,8 @@ def test_a_tracker_follows_and_changes_nothing(augment, tmp_path):
     assert np.allclose([s.value for s in loss], kept['log'], rtol=1e-6)
     # three categories, side by side
     sizes = [(s.step, s.width, s.height) for s in samples]
-    assert sizes == [(2, 96, 32), (4, 96, 32)]
+    # every second step, and the last
+    assert sizes == [(2, 96, 32), (4, 96, 32), (5, 96, 32)]
     assert files_of(out) == files_of(plain)
     # and it is no part of the settings
     assert made(augment('--out', out, '--concept-steps', 5))

@@ -1,5 +1,7 @@
 "Sets and concepts on the hub: what is sent, what is refused, and in which words."
 
+import shutil
+
 import pytest
 import torch
 from garden import a_record, a_row, environment, start
@@ -174,8 +176,9 @@ def test_a_damaged_set_is_refused(online, trees):
 
 
 def test_a_run_before_its_first_image_is_refused(online, trees):
-    trees.plan.unlink()
-    trees.metadata.unlink()
+    for file in (trees.plan, trees.metadata, trees.digests.file):
+        file.unlink(missing_ok=True)
+    shutil.rmtree(trees.digests.journals, ignore_errors=True)
     with pytest.raises(UserError, match='there are no images in it'):
         push(trees.path, 'me/trees')
 
