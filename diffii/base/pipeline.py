@@ -133,35 +133,6 @@ def text_parts(self: Pipeline) -> list:
     names = [(f'tokenizer{s}', f'text_encoder{s}') for s in ('', '_2')]
     return [(t, e) for t, e in names if getattr(self.pipe, e, None) is not None]
 
-# %% ../../nbs/base/pipeline.ipynb #2855b180
-def load_pipeline(
-    model: str | ModelSettings = 'tiny',  # hub id, folder, 'tiny', or all settings
-    **settings,  # of `ModelSettings`, by name; None is the default
-) -> Pipeline:
-    "Load a Stable Diffusion model. Raises `UserError` where it cannot be used."
-    if not isinstance(model, ModelSettings):
-        model = ModelSettings.of(model=model, **settings)
-    pipe = read_checkpoint(model)
-    side = pipe.unet.config.sample_size
-    side = side if isinstance(side, int) else side[0]
-    loaded = Pipeline(
-        pipe,
-        model.model,
-        size=model.size or side * pipe.vae_scale_factor,
-        recommended=model_notes(model.model),
-        batch_size=model.batch_size,
-        vae_batch=model.vae_batch,
-        compiled=_compiled(pipe.unet) if model.compile else None,
-    )
-    loaded.offload = model.offload and loaded.device.type in SEPARATE_MEMORY
-    loaded.rest()
-    return loaded
-
-
-def _compiled(unet, backend='inductor'):
-    "The U-Net for batches of any size."
-    return torch.compile(unet, dynamic=True, backend=backend)
-
 # %% ../../nbs/base/pipeline.ipynb #fee07dbe
 SEPARATE_MEMORY = ('cuda', 'xpu')  # devices whose memory is not the CPU's
 WAITING = dict(
@@ -204,6 +175,35 @@ def _bring(self: Pipeline, part, device):
         network = getattr(self.pipe, name, None)
         if network is not None:
             network.to(device)
+
+# %% ../../nbs/base/pipeline.ipynb #2855b180
+def load_pipeline(
+    model: str | ModelSettings = 'tiny',  # hub id, folder, 'tiny', or all settings
+    **settings,  # of `ModelSettings`, by name; None is the default
+) -> Pipeline:
+    "Load a Stable Diffusion model. Raises `UserError` where it cannot be used."
+    if not isinstance(model, ModelSettings):
+        model = ModelSettings.of(model=model, **settings)
+    pipe = read_checkpoint(model)
+    side = pipe.unet.config.sample_size
+    side = side if isinstance(side, int) else side[0]
+    loaded = Pipeline(
+        pipe,
+        model.model,
+        size=model.size or side * pipe.vae_scale_factor,
+        recommended=model_notes(model.model),
+        batch_size=model.batch_size,
+        vae_batch=model.vae_batch,
+        compiled=_compiled(pipe.unet) if model.compile else None,
+    )
+    loaded.offload = model.offload and loaded.device.type in SEPARATE_MEMORY
+    loaded.rest()
+    return loaded
+
+
+def _compiled(unet, backend='inductor'):
+    "The U-Net for batches of any size."
+    return torch.compile(unet, dynamic=True, backend=backend)
 
 # %% ../../nbs/base/pipeline.ipynb #33df3bdd
 NO_VAE_ROOM = (
