@@ -1,6 +1,7 @@
 "The house: parts and rooms, the direction of imports, and the style of the code."
 
 import ast
+import builtins
 import re
 import subprocess
 import sys
@@ -128,6 +129,43 @@ def test_modules_name_only_what_they_have(root):
         text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def bound_names(tree):
+    "The names that code defines, imports or assigns, at any depth."
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from ((a.asname or a.name).split('.')[0] for a in node.names)
+        elif isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            yield node.id
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            yield node.name
+
+
+def test_cells_use_names_that_their_notebook_has(notebooks):
+    import diffii.all
+
+    found = {}
+    for path, cells in notebooks.items():
+        code = [source(c) for c in cells if c['cell_type'] == 'code']
+        trees = [ast.parse(code_of(text)) for text in code]
+        known = set(dir(builtins)) | {'display'}
+        known |= {name for tree in trees for name in bound_names(tree)}
+        if '*' in known:
+            known |= set(diffii.all.__all__)
+        used = {
+            node.id
+            for tree in trees
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+        }
+        if used - known:
+            found[path] = sorted(used - known)
+    assert not found
 
 
 def test_exported_cells_hold_one_idea(notebooks):
