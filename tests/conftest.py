@@ -19,6 +19,8 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / 'tools'))
 
+from browser import QUIET  # noqa: E402  of the tools
+
 PROBE = """<script>addEventListener('load', () => {
 const images = [...document.images], meta = document.createElement('meta');
 const broken = images.filter(image => !image.complete || !image.naturalWidth);
@@ -26,14 +28,7 @@ meta.name = 'probe'; meta.content = [images.length, broken.length].join(' ');
 document.head.append(meta); })</script>"""
 
 BROWSER_OPTIONS = (
-    '--headless',
-    '--no-sandbox',
-    '--disable-gpu',
-    '--disable-quic',
-    '--no-first-run',
-    '--disable-background-networking',
-    '--disable-component-update',
-    '--disable-sync',
+    *QUIET,
     '--enable-logging=stderr',
     '--virtual-time-budget=10000',
     '--dump-dom',

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from oddities import ODD, changed, property_of
 from PIL import Image
 
 from diffii.base.files import UserError
@@ -25,14 +26,6 @@ from diffii.run import pools, runs
 from diffii.run.review import load_concepts, remake, status
 from diffii.run.runs import load_synthetic, synthesize
 
-CASES = int(os.environ.get('DIFFII_DAMAGE', 150))
-PROPERTY = settings(
-    max_examples=CASES,
-    deadline=None,
-    derandomize='DIFFII_DAMAGE' not in os.environ,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
 OUT = Path('out')
 ASIDE = ('README.md', 'lock')  # a card may be edited; a lock is empty
 
@@ -171,21 +164,9 @@ def contents(folder):
 
 # ---- ways to damage a file
 
-ODD = (
-    None,
-    -1,
-    0,
-    10**30,
-    1.5,
-    True,
-    '',
-    'oak',
-    [],
-    {},
-    ['x'],
-    '../../outside/keep.txt',
-)
-ODD += ('/etc/hostname', 'a\0b', '\u2028', '.', [1, 'a'], {'a': None}, 1e308)
+# values for a key, of which some are names that lead out of the folder
+ODD_HERE = (*ODD, '../../outside/keep.txt', '/etc/hostname', 'a\0b', '\u2028', '.')
+ODD_HERE += ({'a': None},)
 
 
 def cut(data, file, runs):
@@ -237,22 +218,9 @@ def edited(data, file, runs):
             parts = [json.loads(lines[place])]
         except ValueError:
             return flipped(data, file, runs)
-        lines[place] = json.dumps(changed(data, parts[0])).encode()
+        lines[place] = json.dumps(changed(data, parts[0], ODD_HERE)).encode()
         return b'\n'.join(lines)
-    return json.dumps(changed(data, parts[0])).encode()
-
-
-def changed(data, value):
-    "A value of JSON with one thing in it changed."
-    if isinstance(value, dict) and value and data.draw(st.integers(0, 4)):
-        key = data.draw(st.sampled_from(sorted(value)))
-        if data.draw(st.integers(0, 3)) == 0:
-            return {k: v for k, v in value.items() if k != key}
-        return value | {key: changed(data, value[key])}
-    if isinstance(value, list) and value and data.draw(st.booleans()):
-        place = data.draw(st.integers(0, len(value) - 1))
-        return [changed(data, v) if i == place else v for i, v in enumerate(value)]
-    return data.draw(st.sampled_from(ODD))
+    return json.dumps(changed(data, parts[0], ODD_HERE)).encode()
 
 
 WAYS = (
@@ -311,7 +279,7 @@ def assert_right(runs):
 
 
 @given(data=st.data())
-@PROPERTY
+@property_of(150)
 def test_a_damaged_file_is_named_or_made_again(make, finished, tmp_path_factory, data):
     case = tmp_path_factory.mktemp('case')
     half = data.draw(st.booleans(), label='half finished')

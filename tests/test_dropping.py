@@ -6,34 +6,25 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+from small_runs import GIVEN, SUFFIXES, few_birds, hardly_learned
 
 from diffii.base.files import UserError
-from diffii.base.images import few_shot
 from diffii.base.methods import METHODS
 from diffii.base.pipeline import load_pipeline
-from diffii.base.settings import ConceptSettings, Settings
-from diffii.data.aviary import VALIDATION, aviary_set
-from diffii.method.concepts import learn_concepts
+from diffii.base.settings import Settings
 from diffii.run import dropping, filters, runs
 from diffii.run.dropping import drop, drop_worst, keep, read_names, refill, score
 from diffii.run.folders import RunFolder, held
 from diffii.run.review import remake, status
 from diffii.run.runs import load_synthetic, synthesize
 
-SUFFIXES = ['flying over water.', 'on a branch.', 'in the snow.']
-GIVEN = dict(
-    run=dict(seed=1),
-    sampling=dict(expansion=2, steps=3),
-    concepts=dict(steps=2, batch_size=6),
-    inversion=dict(per_image=1, forward_steps=0, fixed_point_iters=0),
-    filter={},
-)
+FILTERED = {**GIVEN, 'filter': {}}
 
 
 @pytest.fixture(scope='session')
 def birds():
     "Two categories of species that the model has not seen, three images of each."
-    few = few_shot(aviary_set(list(VALIDATION)[:2], n=8), 3, seed=0)[0]
+    few = few_birds(2)
     names = [f'{few.classes[k]}/{i}.png' for i, k in enumerate(few.labels)]
     return replace(few, names=tuple(names))
 
@@ -47,8 +38,7 @@ def pipe():
 @pytest.fixture(scope='session')
 def concepts(pipe, birds):
     "Concepts of the birds, hardly learned."
-    settings = ConceptSettings.of(pipe, 'bird', **GIVEN['concepts'])
-    return learn_concepts(pipe, birds, settings, seed=1)
+    return hardly_learned(pipe, birds)
 
 
 @pytest.fixture(scope='session')
@@ -56,7 +46,7 @@ def make_in(pipe, birds, concepts):
     "Make twelve synthetic birds in a folder with few steps, in batches of 8 and 4."
 
     def _make(out, concepts=concepts, **groups):
-        given = {k: {**GIVEN[k], **groups.get(k, {})} for k in GIVEN}
+        given = {k: {**FILTERED[k], **groups.get(k, {})} for k in FILTERED}
         settings = Settings.of(pipe, 'bird', **given)
         return synthesize(pipe, birds, out, settings, SUFFIXES, concepts)
 
@@ -438,7 +428,7 @@ def test_a_filter_that_cannot_work_is_refused_before_anything_is_written(
     images = birds.subset([0, 1, 3])  # two images at the most
     if by == 'denoising':
         images = replace(birds.subset([0, 1, 2]), classes=birds.classes[:1])
-    settings = Settings.of(pipe, 'bird', **{**GIVEN, 'filter': dict(by=by)})
+    settings = Settings.of(pipe, 'bird', **{**FILTERED, 'filter': dict(by=by)})
     with pytest.raises(UserError, match=f'--filter {by}: needs'):
         synthesize(pipe, images, tmp_path / 'out', settings, SUFFIXES)
     assert not (tmp_path / 'out').exists()

@@ -2,13 +2,13 @@
 edited. Each is read, or refused in one line."""
 
 import json
-import os
 import shutil
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from oddities import changed, property_of
 from safetensors.torch import save_file
 
 from diffii.base.checkpoints import TINY
@@ -17,19 +17,6 @@ from diffii.base.loras import lora_to_peft, read_lora
 from diffii.base.pipeline import load_pipeline
 from diffii.base.settings import model_notes
 from diffii.run.concept_files import import_concepts, read_embeddings
-
-CASES = int(os.environ.get('DIFFII_DAMAGE', 100))
-
-
-def property_of(cases):
-    "Settings of a test that hypothesis finds cases for."
-    return settings(
-        max_examples=cases,
-        deadline=None,
-        derandomize='DIFFII_DAMAGE' not in os.environ,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 def works(action):
@@ -73,7 +60,7 @@ HELD = st.dictionaries(KEYS | st.just('name2placeholder') | st.integers(), THING
 
 
 @given(held=HELD | THINGS)
-@property_of(CASES)
+@property_of(100)
 def test_a_torch_file_of_anything_is_read_or_refused(tmp_path_factory, held):
     file = tmp_path_factory.mktemp('odd') / 'learned_embeds.bin'
     torch.save(held, file)
@@ -112,7 +99,7 @@ NOTES = st.builds(json.dumps, HEADS | JSON) | st.text(max_size=9)
     up=TENSORS,
     notes=NOTES,
 )
-@property_of(CASES)
+@property_of(100)
 def test_a_lora_of_anything_is_read_or_refused(held, down, up, notes):
     pair = {f'unet.{LAYER}.lora_A.weight': down, f'unet.{LAYER}.lora_B.weight': up}
 
@@ -167,7 +154,7 @@ ADVICE = st.dictionaries(STAGES, st.dictionaries(SETTINGS, JSON, max_size=3) | J
 
 
 @given(advice=ADVICE | JSON)
-@property_of(CASES)
+@property_of(100)
 def test_recommendations_of_any_kind_are_read_or_refused(tmp_path_factory, advice):
     folder = tmp_path_factory.mktemp('model')
     (folder / 'diffii.json').write_text(json.dumps(advice), encoding='utf-8')
@@ -182,25 +169,10 @@ CONFIGS = (
     'vae/config.json',
     'text_encoder/config.json',
 )
-# sizes that would take all memory before anything could be compared are left to the disk
-ODD = (None, -1, 0, 3, 1.5, True, '', 'oak', [], {}, ['x'], [1, 'a'], 10**30, 1e308)
-
-
-def changed(data, value):
-    "A value of JSON with one thing in it changed, or gone."
-    if isinstance(value, dict) and value:
-        key = data.draw(st.sampled_from(sorted(value)))
-        if data.draw(st.integers(0, 4)) == 0:
-            return {k: v for k, v in value.items() if k != key}
-        return value | {key: changed(data, value[key])}
-    if isinstance(value, list) and value and data.draw(st.booleans()):
-        place = data.draw(st.integers(0, len(value) - 1))
-        return [changed(data, v) if i == place else v for i, v in enumerate(value)]
-    return data.draw(st.sampled_from(ODD))
 
 
 @given(data=st.data())
-@property_of(CASES // 4)
+@property_of(25)
 def test_an_edited_model_is_loaded_or_refused(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp('edited') / 'model'
     shutil.copytree(TINY, folder)

@@ -101,34 +101,21 @@ def test_all_names_can_be_had_in_one_import():
     assert not [n for n in diffii.all.__all__ if n.startswith('_')]
 
 
+def ruff(root, *args):
+    "What ruff finds, as text; empty where it is content."
+    line = [sys.executable, '-m', 'ruff', *args]
+    done = subprocess.run(line, cwd=root, capture_output=True, text=True)
+    return done.stdout[-3000:] if done.returncode else ''
+
+
 def test_ruff_finds_nothing(root):
-    for command in ('check', 'format --check'):
-        done = subprocess.run(
-            [sys.executable, '-m', 'ruff', *command.split(), 'nbs', 'tests', 'tools'],
-            cwd=root,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout[-3000:]
+    assert not ruff(root, 'check', 'nbs', 'tests', 'tools')
+    assert not ruff(root, 'format', '--check', 'nbs', 'tests', 'tools')
 
 
 def test_modules_name_only_what_they_have(root):
     "Cells of a notebook share names; the functions of its module may not."
-    done = subprocess.run(
-        [
-            sys.executable,
-            '-m',
-            'ruff',
-            'check',
-            '--isolated',
-            '--select=F821',
-            'diffii',
-        ],
-        cwd=root,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
+    assert not ruff(root, 'check', '--isolated', '--select=F821', 'diffii')
 
 
 def bound_names(tree):

@@ -218,13 +218,17 @@ def watched(monkeypatch, when):
     yield seen
 
 
-def test_in_learning_text_encoders_work_and_the_autoencoder_rests(pipe, monkeypatch):
-    when = dict(
+def calls_of(pipe, of_vae):
+    "The calls of the parts of a model; of the autoencoder those of one method."
+    return dict(
         unet=(pipe.unet, 'forward', pipe),
         text=(pipe.pipe.text_encoder, 'forward', pipe),
-        vae=(pipe.vae, 'encode', pipe),
+        vae=(pipe.vae, of_vae, pipe),
     )
-    with watched(monkeypatch, when) as seen:
+
+
+def test_in_learning_text_encoders_work_and_the_autoencoder_rests(pipe, monkeypatch):
+    with watched(monkeypatch, calls_of(pipe, 'encode')) as seen:
         learn_concepts(pipe, TREES, models.short_learning())
 
     assert all(working == {'text'} for working in seen['unet'] + seen['text'])
@@ -232,12 +236,7 @@ def test_in_learning_text_encoders_work_and_the_autoencoder_rests(pipe, monkeypa
 
 
 def test_in_sampling_the_unet_works_alone(pipe, monkeypatch):
-    when = dict(
-        unet=(pipe.unet, 'forward', pipe),
-        text=(pipe.pipe.text_encoder, 'forward', pipe),
-        vae=(pipe.vae, 'decode', pipe),
-    )
-    with watched(monkeypatch, when) as seen:
+    with watched(monkeypatch, calls_of(pipe, 'decode')) as seen:
         made(pipe, planned(pipe, 8))
 
     for part in ('unet', 'text', 'vae'):

@@ -11,33 +11,23 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from small_runs import GIVEN, SUFFIXES, few_birds, hardly_learned
 
 from diffii.base.files import UserError, read_json, write_json
-from diffii.base.images import few_shot
 from diffii.base.methods import METHODS
 from diffii.base.pipeline import load_pipeline
-from diffii.base.settings import ConceptSettings, Settings
-from diffii.data.aviary import VALIDATION, aviary_set
-from diffii.method.concepts import learn_concepts
+from diffii.base.settings import Settings
 from diffii.run import review, runs
 from diffii.run.folders import STATE, RunFolder, claim, holds_run, tentative
 from diffii.run.pools import load_pool
 from diffii.run.review import load_concepts, per_minute, remake, status
 from diffii.run.runs import load_synthetic, synthesize
 
-SUFFIXES = ['flying over water.', 'on a branch.', 'in the snow.']
-GIVEN = dict(
-    run=dict(seed=1),
-    sampling=dict(expansion=2, steps=3),
-    concepts=dict(steps=2, batch_size=6),
-    inversion=dict(per_image=1, forward_steps=0, fixed_point_iters=0),
-)
-
 
 @pytest.fixture(scope='session')
 def birds():
     "Three categories of species that the model has not seen, three images of each."
-    return few_shot(aviary_set(list(VALIDATION)[:3], n=8), 3, seed=0)[0]
+    return few_birds(3)
 
 
 @pytest.fixture(scope='session')
@@ -49,8 +39,7 @@ def pipe():
 @pytest.fixture(scope='session')
 def concepts(pipe, birds):
     "Concepts of the birds, hardly learned."
-    settings = ConceptSettings.of(pipe, 'bird', **GIVEN['concepts'])
-    return learn_concepts(pipe, birds, settings, seed=1)
+    return hardly_learned(pipe, birds)
 
 
 @pytest.fixture(scope='session')

@@ -20,7 +20,8 @@ from fcntl import F_DUPFD, fcntl
 from pathlib import Path
 
 NAMES = ('chromium', 'chromium-browser', 'google-chrome')
-OPTIONS = (
+# without a window, and without calls of its own
+QUIET = (
     '--headless',
     '--no-sandbox',
     '--disable-gpu',
@@ -29,7 +30,6 @@ OPTIONS = (
     '--disable-background-networking',
     '--disable-component-update',
     '--disable-sync',
-    '--remote-debugging-pipe',
 )
 KEYS = {'Enter': '\r', ' ': ' '}  # keys that write a character, beside the letters
 
@@ -81,7 +81,7 @@ class Browser:
 
         profile = f'--user-data-dir={self.home.name}/profile'
         self.process = subprocess.Popen(
-            [chromium(), *OPTIONS, profile, 'about:blank'],
+            [chromium(), *QUIET, '--remote-debugging-pipe', profile, 'about:blank'],
             preexec_fn=wire,
             close_fds=False,
             stderr=subprocess.DEVNULL,

@@ -24,6 +24,7 @@ from diffii.app.options import (
     ImagesArgument,
     LogOption,
     PrintOption,
+    check_images,
     merged,
     read_images,
     takes,
@@ -116,9 +117,7 @@ def augment(
     plan: Annotated[bool, PlanOption] = False,
 ):
     "Make synthetic images from your own."
-    given = merged(Settings, config, given)
-    if images is not None:
-        given['images']['folder'] = str(images)
+    given = merged(Settings, config, given, images)
     settings = Settings.of(model_notes(given['model'].get('model', 'tiny')), **given)
     if print_config:
         print(config_text(settings))
@@ -139,11 +138,8 @@ def _check_augment(settings, given):
     from diffii.base.processes import check_tracker
     from diffii.base.prompts import prefix
 
-    folder, out = settings.images.folder, settings.run.out
-    require(folder, 'IMAGES: give a folder with a sub-folder for each category')
-    require(out, '--out: give an output folder')
-    text = '--metaclass: give the word that names all categories, as bird'
-    require('metaclass' in given['images'], text)
+    check_images(given)
+    require(settings.run.out, '--out: give an output folder')
     prefix(settings.images.metaclass)
     check_tracker(settings.run.tracker)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TITLES', 'FIRST', 'ImagesArgument', 'ConfigOption', 'PrintOption', 'LogOption', 'option_of', 'default_text', 'takes',
-           'merged', 'read_images', 'voice']
+           'merged', 'check_images', 'read_images', 'voice']
 
 # %% ../../nbs/app/options.ipynb #eb25e24a
 import inspect
@@ -131,10 +131,14 @@ def merged(
     groups: type,  # a dataclass of groups
     config: Path | None,  # a file of settings
     given: dict,  # values of the line, by group
+    images: Path | None = None,  # the argument, where the command has one
 ) -> dict:
     "Settings of a file, and over them those of the line."
     found = read_config(config, groups) if config else {}
-    return {k: {**found.get(k, {}), **given.get(k, {})} for k in group_kinds(groups)}
+    both = {k: {**found.get(k, {}), **given.get(k, {})} for k in group_kinds(groups)}
+    if images is not None:
+        both['images']['folder'] = str(images)
+    return both
 
 
 ImagesArgument = typer.Argument(
@@ -151,6 +155,20 @@ PrintOption = typer.Option(
 LogOption = typer.Option(help='A file that gets the progress as lines of JSON.')
 
 # %% ../../nbs/app/options.ipynb #d8be7e8a
+def check_images(
+    given: dict,  # values by group
+    metaclass: bool = True,  # must it be given too?
+):
+    "Raise `UserError` where no images are named, or not what they are."
+    from diffii.base.files import require
+
+    about = given['images']
+    text = 'IMAGES: give a folder with a sub-folder for each category'
+    require(about.get('folder'), text)
+    text = '--metaclass: give the word that names all categories, as bird'
+    require('metaclass' in about or not metaclass, text)
+
+
 def read_images(
     about: ImageSettings,
     seed: int = 0,  # of the sample, where only so many of each category are used

@@ -15,6 +15,7 @@ from diffii.app.options import (
     FIRST,
     ConfigOption,
     ImagesArgument,
+    check_images,
     merged,
     read_images,
     takes,
@@ -36,9 +37,7 @@ def plan(
     config: Annotated[Optional[Path], ConfigOption] = None,
 ):
     "What a run would do, and the memory, disk and time it needs; nothing is written."
-    given = merged(Settings, config, given)
-    if images is not None:
-        given['images']['folder'] = str(images)
+    given = merged(Settings, config, given, images)
     print(planned(given))
 
 # %% ../../nbs/app/planning.ipynb #bdbda852
@@ -46,14 +45,12 @@ def planned(
     given: dict,  # groups of settings by name
 ):  # -> RunPlan
     "The plan of a run. Raises `UserError` for one that cannot be, or cannot fit."
-    from diffii.base.files import require
     from diffii.base.pipeline import load_pipeline
     from diffii.method.inversion import check_pairs
     from diffii.run.planning import plan_run
 
+    check_images(given, metaclass=False)
     settings = Settings.of(model_notes(given['model'].get('model', 'tiny')), **given)
-    folder = settings.images.folder
-    require(folder, 'IMAGES: give a folder with a sub-folder for each category')
     images = read_images(settings.images, settings.run.seed)
     check_pairs(images, settings.inversion)
     pipe = load_pipeline(settings.model)

@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 import typer
 
 from .options import FIRST, ConfigOption, ImagesArgument, PrintOption
-from .options import merged, read_images, takes, voice
+from .options import check_images, merged, read_images, takes, voice
 from ..base.settings import TrainSettings, TuneSettings, config_text
 from ..base.settings import group_kinds, specs
 
@@ -50,17 +50,15 @@ def train(
     print_config: Annotated[bool, PrintOption] = False,
 ):
     "Do the synthetic images help? Classifiers with and without them, and a verdict."
-    given = merged(TrainSettings, config, given)
-    if images is not None:
-        given['images']['folder'] = str(images)
+    given = merged(TrainSettings, config, given, images)
     settings = TrainSettings.of(**given)
     if print_config:
         print(config_text(settings))
         return
-    _train(settings)
+    _train(settings, given)
 
 # %% ../../nbs/app/training.ipynb #c46ff614
-def _train(settings):
+def _train(settings, given):
     "Read the images, compare, say what came out."
     from diffii.base.files import require
     from diffii.base.images import image_folder
@@ -68,8 +66,8 @@ def _train(settings):
     from diffii.evaluation.training_report import results_table, verdict_text
     from diffii.run.runs import load_synthetic
 
-    about, folder = settings.comparison, settings.images.folder
-    require(folder, 'IMAGES: give a folder with a sub-folder for each category')
+    about = settings.comparison
+    check_images(given, metaclass=False)
     require(about.synthetic, '--synthetic: give a folder that diffii augment wrote')
     synthetic = load_synthetic(about.synthetic)
     images = read_images(settings.images, about.seed)
@@ -143,9 +141,7 @@ def tune(
     print_config: Annotated[bool, PrintOption] = False,
 ):
     "Choose method and settings on held-out parts of the images, for augment --config."
-    given = merged(TuneSettings, config, given)
-    if images is not None:
-        given['images']['folder'] = str(images)
+    given = merged(TuneSettings, config, given, images)
     settings = TuneSettings.of(**given)
     if print_config:
         print(config_text(settings))
@@ -155,17 +151,11 @@ def tune(
 
 def _tune(settings, given):
     "Read the images, search, say what came out."
-    from diffii.base.files import require
     from diffii.evaluation.tuning import tune as search
     from diffii.evaluation.tuning import tuning_table, tuning_text
 
     about = settings.tuning
-    require(
-        settings.images.folder,
-        'IMAGES: give a folder with a sub-folder for each category',
-    )
-    text = '--metaclass: give the word that names all categories, as bird'
-    require('metaclass' in given['images'], text)
+    check_images(given)
     say, progress = voice(about.log)
     results = search(read_images(settings.images, about.seed), settings, progress)
     say(tuning_table(results).to_string())

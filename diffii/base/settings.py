@@ -6,9 +6,9 @@
 __all__ = ['WORDS', 'LR_SCHEDULES', 'SOLVERS', 'INTERPOLATIONS', 'FAST', 'SCORES', 'setting', 'Spec', 'specs', 'field_comments',
            'read_value', 'Group', 'recommended', 'settings_for', 'ImageSettings', 'ModelSettings', 'ConceptSettings',
            'InversionSettings', 'SamplingSettings', 'FilterSettings', 'ContextSettings', 'RunSettings', 'model_notes',
-           'Settings', 'group_kinds', 'checked_groups', 'checked', 'ClassifierSettings', 'PushSettings', 'DataSettings',
-           'TrialSettings', 'BenchmarkSettings', 'ComparisonSettings', 'TrainSettings', 'TuningSettings',
-           'TuneSettings', 'read_config', 'config_text']
+           'Settings', 'group_kinds', 'checked_groups', 'checked', 'SomeGiven', 'ClassifierSettings', 'PushSettings',
+           'DataSettings', 'TrialSettings', 'BenchmarkSettings', 'ComparisonSettings', 'TrainSettings',
+           'TuningSettings', 'TuneSettings', 'read_config', 'config_text']
 
 # %% ../../nbs/base/settings.ipynb #65364f78
 import inspect
@@ -671,6 +671,17 @@ def checked(group: type, given: dict) -> dict:
     require(not unknown, f'{unknown}: no such setting; there are {names}')
     return {k: read_value(known[k], v) for k, v in given.items() if v is not None}
 
+# %% ../../nbs/base/settings.ipynb #e37ee291
+class SomeGiven:
+    "Settings in groups, of which those annotated as a dict keep only what was given."
+
+    @classmethod
+    def of(cls, **groups):
+        "Settings from what is given of each group, as model=dict(dtype='float16')."
+        given = checked_groups(cls, groups)
+        whole = {f.name: f.type for f in fields(cls) if isinstance(f.type, type)}
+        return cls(**given | {k: kind(**given[k]) for k, kind in whole.items()})
+
 # %% ../../nbs/base/settings.ipynb #06059da6
 @dataclass
 class ClassifierSettings(Group):
@@ -771,7 +782,7 @@ class TrialSettings(Group):
 
 # %% ../../nbs/base/settings.ipynb #dac1d740
 @dataclass
-class BenchmarkSettings:
+class BenchmarkSettings(SomeGiven):
     "All settings of an experiment, in groups."
 
     data: DataSettings = field(default_factory=DataSettings)
@@ -779,13 +790,6 @@ class BenchmarkSettings:
     model: ModelSettings = field(default_factory=ModelSettings)
     concepts: Annotated[dict, ConceptSettings] = field(default_factory=dict)
     classifier: Annotated[dict, ClassifierSettings] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, **groups):
-        "What is given of each group, as trials=dict(trials=10)."
-        given = checked_groups(cls, groups)
-        whole = dict(data=DataSettings, trials=TrialSettings, model=ModelSettings)
-        return cls(**given | {k: kind(**given[k]) for k, kind in whole.items()})
 
 # %% ../../nbs/base/settings.ipynb #185f4d17
 @dataclass
@@ -811,19 +815,12 @@ class ComparisonSettings(Group):
 
 # %% ../../nbs/base/settings.ipynb #fcf60dd5
 @dataclass
-class TrainSettings:
+class TrainSettings(SomeGiven):
     "All settings of a comparison, in groups."
 
     images: ImageSettings = field(default_factory=ImageSettings)
     comparison: ComparisonSettings = field(default_factory=ComparisonSettings)
     classifier: Annotated[dict, ClassifierSettings] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, **groups):
-        "What is given of each group, as comparison=dict(seeds=10)."
-        given = checked_groups(cls, groups)
-        whole = dict(images=ImageSettings, comparison=ComparisonSettings)
-        return cls(**given | {k: kind(**given[k]) for k, kind in whole.items()})
 
 # %% ../../nbs/base/settings.ipynb #5290775e
 @dataclass
@@ -863,7 +860,7 @@ class TuningSettings(Group):
 
 # %% ../../nbs/base/settings.ipynb #76a3ca0f
 @dataclass
-class TuneSettings:
+class TuneSettings(SomeGiven):
     "All settings of a search, in groups; of some only what is given is kept."
 
     images: ImageSettings = field(default_factory=ImageSettings)
@@ -872,13 +869,6 @@ class TuneSettings:
     concepts: Annotated[dict, ConceptSettings] = field(default_factory=dict)
     sampling: Annotated[dict, SamplingSettings] = field(default_factory=dict)
     classifier: Annotated[dict, ClassifierSettings] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, **groups):
-        "What is given of each group, as tuning=dict(budget=4)."
-        given = checked_groups(cls, groups)
-        whole = dict(images=ImageSettings, tuning=TuningSettings, model=ModelSettings)
-        return cls(**given | {k: kind(**given[k]) for k, kind in whole.items()})
 
 # %% ../../nbs/base/settings.ipynb #87366bd7
 def read_config(path, groups: type = Settings) -> dict:
