@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'VersionOption', 'SMALL_MODEL', 'FolderArgument', 'VerifyOption', 'FileArgument', 'ToOption', 'MemoryOption',
-           'TaskArgument', 'DatasetOption', 'BenchmarkOut', 'top', 'main', 'augment', 'status', 'remake', 'demo',
+           'TaskArgument', 'DatasetOption', 'BenchmarkOut', 'top', 'main', 'augment', 'add', 'status', 'remake', 'demo',
            'speed', 'benchmark']
 
 # %% ../../nbs/app/cli.ipynb #81d381c6
@@ -129,7 +129,13 @@ def augment(
     _augment(settings, given)
 
 # %% ../../nbs/app/cli.ipynb #b1c0654b
-app.command()(plan)
+def add(*functions):
+    "Make a command of each function, under its name."
+    for function in functions:
+        app.command()(function)
+
+
+add(plan)
 
 # %% ../../nbs/app/cli.ipynb #a1b8ac13
 def _check_augment(settings, given):
@@ -248,11 +254,10 @@ def remake(
     print(to)
 
 # %% ../../nbs/app/cli.ipynb #58a5637b
-app.command()(review)
+add(review)
 
 # %% ../../nbs/app/cli.ipynb #39d29449
-app.command()(score)
-app.command()(drop)
+add(score, drop)
 
 # %% ../../nbs/app/cli.ipynb #54b5309c
 def _demo_kinds():
@@ -343,5 +348,5 @@ def benchmark(
     say(f'see {out}')
 
 # %% ../../nbs/app/cli.ipynb #4fb26fc1
-app.command()(push)
+add(push)
 app.add_typer(training.commands)
