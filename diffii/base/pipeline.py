@@ -24,10 +24,6 @@ import torch
 from fastcore.basics import patch
 from PIL import Image, ImageOps
 
-# until all callers have moved
-from .checkpoints import TINY  # noqa: F401
-from .memory import out_of_memory  # noqa: F401
-
 # %% ../../nbs/base/pipeline.ipynb #a779a252
 @dataclass
 class Conditioning:
