@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from diffii.base.augmentation import augment_batch
 from diffii.base.batches import Pixels, Prepare, Views, mirror, one_hot, shift
 from diffii.base.files import UserError
 from diffii.base.images import few_shot
+from diffii.base.settings import AUGMENTS
 from diffii.data.digits import digits_set
 
 HALF = [0.5] * 3
@@ -141,3 +143,67 @@ def test_a_loader_gives_prepared_batches_with_their_targets(few, kept, views):
 
     assert torch.allclose(x, kept.cache[:8] / 127.5 - 1, atol=1e-5)
     assert np.array_equal(y.argmax(1), few.labels[:8])
+
+
+# ordinary augmentation
+
+
+def prepared(kept, augment, batches=2):
+    "Images and targets of the last of some batches."
+    prepare = Prepare(32, HALF, HALF, train=True, seed=3, augment=augment)
+    items = kept.cache[:8], torch.eye(8)
+    return [prepare(items) for _ in range(batches)][-1]
+
+
+@pytest.mark.parametrize('augment', AUGMENTS)
+def test_ordinary_augmentation_is_that_of_the_seed(kept, augment):
+    x, targets = prepared(kept, augment)
+
+    torch.manual_seed(99)
+    again = prepared(kept, augment)
+
+    assert x.equal(again[0]) and targets.equal(again[1])
+    assert x.shape == (8, 3, 32, 32)
+    assert x.equal(prepared(kept, 'none')[0]) == (augment == 'none')
+
+
+@pytest.mark.parametrize('augment', ['trivial', 'rand'])
+def test_an_image_changed_alone_keeps_its_target_and_its_range(kept, augment):
+    x, targets = prepared(kept, augment)
+
+    assert targets.equal(torch.eye(8))
+    assert x.min() >= -1 and x.max() <= 1
+
+
+@pytest.mark.parametrize('augment', ['cutmix', 'mixup'])
+def test_a_pair_shares_its_target_as_it_shares_its_pixels(augment):
+    images = torch.linspace(0, 255, 4).to(torch.uint8)[:, None, None, None]
+    items = images.repeat(1, 3, 32, 32), torch.eye(4)
+    prepare = Prepare(32, [0] * 3, [1] * 3, train=True, seed=1, augment=augment)
+
+    x, targets = prepare(items)
+
+    value = items[0][:, 0, 0, 0].float() / 255  # each image is of one grey
+    assert torch.allclose(x.mean((1, 2, 3)), targets @ value, atol=1e-5)
+    assert torch.allclose(targets.sum(1), torch.ones(4))
+    assert ((targets > 0).sum(1) == 2).all()
+
+
+def test_soft_targets_are_mixed_like_others():
+    soft = torch.tensor([[0.3, 0.7, 0], [0, 0.5, 0.5]])
+    x = torch.zeros(2, 3, 32, 32)
+
+    _, (mixed,) = augment_batch(x, [soft], 'mixup')
+
+    assert torch.allclose(mixed.sum(0), soft.sum(0))
+    assert not mixed.equal(soft)
+
+
+@pytest.mark.parametrize('augment', AUGMENTS)
+def test_test_images_are_never_augmented(kept, augment):
+    x = kept.cache[:2]
+    plain, _ = Prepare(32, HALF, HALF)((x, torch.eye(2)))
+
+    changed, targets = Prepare(32, HALF, HALF, augment=augment)((x, torch.eye(2)))
+
+    assert changed.equal(plain) and targets.equal(torch.eye(2))

@@ -12,7 +12,7 @@ from fastai.callback.core import Callback
 from diffii.base.batches import Pixels, one_hot
 from diffii.base.files import UserError
 from diffii.base.images import few_shot
-from diffii.base.settings import ClassifierSettings
+from diffii.base.settings import AUGMENTS, ClassifierSettings
 from diffii.data.digits import digits_set
 from diffii.method.classifier import TrainingStream, evaluate, lr_schedule, score
 from diffii.method.classifier import sgd, train_classifier
@@ -271,6 +271,22 @@ def test_synthetic_images_change_it_unless_their_probability_is_zero(
 
     assert not np.array_equal(changed.probabilities, plain.probabilities)
     assert np.array_equal(unchanged.probabilities, plain.probabilities)
+
+
+@pytest.mark.parametrize('augment', AUGMENTS[1:])
+def test_ordinary_augmentation_changes_the_classifier_and_is_of_its_seed(
+    short, plain, spare, augment
+):
+    first, again = (short(spare, augment=augment).probabilities for _ in range(2))
+
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, short(spare).probabilities)
+    assert not np.array_equal(first, short(augment=augment).probabilities)
+
+
+def test_an_unknown_ordinary_augmentation_is_refused_with_those_there_are():
+    with pytest.raises(UserError, match='augment.*trivial, rand, cutmix, mixup'):
+        ClassifierSettings(augment='blur')
 
 
 def test_an_empty_synthetic_set_changes_nothing_to_the_bit(short, plain, spare):

@@ -17,6 +17,7 @@ from diffii.evaluation.experiments import (
     benchmark,
     given_classifier,
 )
+from diffii.evaluation.tasks import configuration
 from diffii.evaluation.tables import finished, notes, read_cells, summary_lines
 
 RESULTS = Path(__file__).parent.parent / 'nbs' / 'results' / 'cells'
@@ -134,6 +135,7 @@ SHORT = dict(shots=2, trials=1, quick=True)
     [
         ('ood', 'aviary', dict(methods='original,diff-ii'), 2),
         ('long-tail', 'digits', dict(methods='CE,diff-ii', imbalance=20, shots=()), 2),
+        ('few-shot', 'digits', dict(methods='mixup,diff-mix + trivial-augment'), 2),
         ('ablation', 'digits', {}, 6),
         ('split', 'digits', dict(values='0,1'), 3),
         ('forward', 'aviary', dict(values='1,3'), 3),
@@ -145,6 +147,25 @@ def test_every_kind_of_task_runs(tmp_path, task, dataset, trials, rows):
     assert len(table) == rows
     assert table.accuracy.between(0, 100).all()
     assert summary_lines(tmp_path / 'x')
+
+
+@pytest.mark.parametrize(
+    'name, method, augment, images',
+    [
+        ('cutmix', None, 'cutmix', ''),
+        ('original + rand-augment', None, 'rand', ''),
+        ('diff-ii + trivial-augment', 'diff-ii', 'trivial', 'diff-ii'),
+        ('diff-ii-even + mixup', 'diff-ii', 'mixup', 'diff-ii'),
+    ],
+)
+def test_ordinary_augmentation_stands_alone_or_is_added(name, method, augment, images):
+    found = configuration(name)
+
+    assert found.name == name
+    assert (found.sampling or {}).get('method') == method
+    assert found.classifier['augment'] == augment
+    assert found.classifier.get('even', False) == ('even' in name)
+    assert found.images == images
 
 
 def test_the_task_strength_draws_circles(tmp_path):

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['Pixels', 'one_hot', 'Labelled', 'shift', 'mirror', 'Prepare', 'Views']
 
-# %% ../../nbs/base/batches.ipynb #af6844f6
+# %% ../../nbs/base/batches.ipynb #b2dba403
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from fastcore.basics import patch
 
+from .augmentation import augment_batch
 from .backbones import square
 from .files import require
 from .seeds import seed_of, seeded
@@ -100,7 +101,7 @@ def mirror(x):  # (n, 3, h, w) images
     which = (torch.rand(len(x)) < 0.5).to(x.device)
     return torch.where(which[:, None, None, None], x.flip(-1), x)
 
-# %% ../../nbs/base/batches.ipynb #95d50ad3
+# %% ../../nbs/base/batches.ipynb #b804d775
 @dataclass
 class Prepare:
     "From a uint8 batch to normalised floats: augmented for training, else the middle."
@@ -113,6 +114,7 @@ class Prepare:
     scale: tuple = (0.25, 1.0)  # area of the random resized crop, from 128 pixels on
     seed: int = 0  # of the augmentation
     batch: int = 0  # number of the next batch, which seeds its augmentation
+    augment: str = 'none'  # ordinary augmentation on top: one of `AUGMENTS`
 
     def __call__(self, batch):  # (images, targets or more) -> the same, prepared
         import torch
@@ -121,17 +123,18 @@ class Prepare:
         x, *others = batch
         x = x.float() / 255
         if self.train:
-            x = self._augmented(x)
+            x, others = self._augmented(x, others)
         elif x.shape[-1] != self.size:
             x = V.center_crop(x, [self.size] * 2)
         x = V.normalize(x, self.mean, self.std)
         return x.contiguous(memory_format=torch.channels_last), *others
 
-    def _augmented(self, x):
+    def _augmented(self, x, others):
         with seeded(seed_of(self.seed, 'augment', self.batch)):
             self.batch += 1
             x = self._cropped(x)
-            return mirror(x) if self.flip else x
+            x = mirror(x) if self.flip else x
+            return augment_batch(x, others, self.augment)
 
     def _cropped(self, x):
         import torch

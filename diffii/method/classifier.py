@@ -174,7 +174,7 @@ def _keep_best():
 
     return KeepBest(monitor='valid_accuracy')
 
-# %% ../../nbs/method/classifier.ipynb #81a50c22
+# %% ../../nbs/method/classifier.ipynb #0cbbe608
 def _training_loader(train, synthetic, settings, views, seed, length):
     "A loader of the training stream, of this process's share of each batch."
     ps = processes()
@@ -205,6 +205,7 @@ def _training_loader(train, synthetic, settings, views, seed, length):
         train=True,
         flip=settings.flip,
         scale=settings.crop_scale,
+        augment=settings.augment,
         seed=seed_of(seed, 'process', stream.rank) if stream.rank else seed,
     )
 
