@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'SIZES', 'job', 'unet_clock', 'covered', 'one_by_one', 'together', 'exact_settings', 'speed_table',
-           'peak_memory', 'growth_table', 'plot_growth']
+           'learning', 'training', 'whole_table', 'peak_memory', 'growth_table', 'plot_growth']
 
-# %% ../../nbs/evaluation/speed.ipynb #f086faf1
+# %% ../../nbs/evaluation/speed.ipynb #62dcdbf1
 import json
 import resource
 import subprocess
@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from ..base.files import require
-from ..base.settings import FAST, Settings
+from ..base.settings import FAST, ClassifierSettings, Settings
 
 # %% ../../nbs/evaluation/speed.ipynb #2137a71a
 def job(categories: int, images: int) -> tuple:  # (image set, suffixes)
@@ -218,6 +218,76 @@ def _ratios(runs, n, expansion):
         'without loading': made / made['one by one'],
     }
     return pd.DataFrame(columns)
+
+# %% ../../nbs/evaluation/speed.ipynb #b57c50a7
+def learning(
+    model: str,
+    images,
+    examples: int,  # training examples: steps times images of a step
+    batch_size: int,  # images of a step
+) -> float:
+    "Seconds of concept learning on so many training examples."
+    from diffii.base.pipeline import load_pipeline
+    from diffii.method.concepts import learn_concepts
+
+    pipe = load_pipeline(model)
+    steps = examples // batch_size
+    given = dict(steps=steps, batch_size=batch_size, n_tokens=1, rank=10)
+    settings = Settings.of(concepts=given).concepts
+    began = time.perf_counter()
+    learn_concepts(pipe, images, settings, progress=False)
+    return time.perf_counter() - began
+
+
+def training(images, synthetic, steps: int) -> float:
+    "Seconds of a small classifier on real and synthetic images."
+    from diffii.method.classifier import train_classifier
+
+    began, settings = time.perf_counter(), ClassifierSettings(steps=steps)
+    train_classifier(images, None, synthetic, settings, progress=False)
+    return time.perf_counter() - began
+
+# %% ../../nbs/evaluation/speed.ipynb #2f62905b
+def whole_table(
+    model: str = 'tiny',
+    categories: int = 5,
+    images: int = 4,  # of each category
+    expansion: int = 5,
+    examples: int = 480,  # training examples of concept learning
+    steps: int = 400,  # of the classifier
+):  # -> pandas table
+    "Seconds of every stage by each procedure, concept learning and classifier included."
+    import tempfile
+
+    from diffii.run.runs import load_synthetic
+
+    real, suffixes = job(categories, images)
+    exact = exact_settings(expansion=expansion)
+    fast = exact_settings(expansion=expansion, **FAST)
+    learned = {n: learning(model, real, examples, n) for n in (2, 24)}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        rows = {
+            'one by one': one_by_one(model, real, suffixes, exact),
+            'together': together(model, real, suffixes, exact, out / 'exact'),
+            'together, fast': together(model, real, suffixes, fast, out / 'fast'),
+        }
+        classifier = training(real, load_synthetic(out / 'fast'), steps)
+    for name, row in rows.items():
+        row['concepts'] = learned[2 if name == 'one by one' else 24]
+        row['classifier'] = classifier
+    return _whole(rows)
+
+
+def _whole(rows):
+    "Seconds of the stages in their order, their sum, and its ratio to the first row's."
+    import pandas as pd
+
+    order = ['loading', 'concepts', 'inverting', 'sampling', 'classifier']
+    table = pd.DataFrame(rows).T[order]
+    table['all'] = table.sum(axis=1)
+    table['times the published'] = table['all'].iloc[0] / table['all']
+    return table
 
 # %% ../../nbs/evaluation/speed.ipynb #54659bf8
 def peak_memory(
