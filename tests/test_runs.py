@@ -93,6 +93,15 @@ def stop_after_a_batch(stage, done, total):
 # ---- what a run makes
 
 
+def test_two_folders_are_added_with_their_rows(straight, birds):
+    both = straight + straight
+
+    assert (len(both), len(both.rows)) == (36, 36)
+    assert both.targets.shape == (36, 3)
+    with pytest.raises(UserError, match='SyntheticSet: add another one'):
+        straight + birds
+
+
 def test_every_stage_reports_its_progress(make, tmp_path):
     seen = []
     make(tmp_path / 'out', concepts=None, progress=lambda *now: seen.append(now))

@@ -91,6 +91,12 @@ class SyntheticSet(ImageSet):
         rows = tuple(self.rows[i] for i in positions)
         return replace(super().subset(positions), rows=rows)
 
+    def __add__(self, other):
+        "The images of two folders, which have the same categories."
+        require(isinstance(other, SyntheticSet), 'SyntheticSet: add another one to it')
+        rows = self.rows + other.rows
+        return replace(super().__add__(other), rows=rows, folder=None)
+
     def caption(self) -> str:
         "How many images there are, by which methods, of which categories, in a line."
         methods = ', '.join(dict.fromkeys(row['method'] for row in self.rows))
