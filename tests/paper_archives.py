@@ -1,8 +1,9 @@
-"""Small stand-ins for the archives of the paper's data sets.
+"""Small stand-ins for the archives of the public data sets.
 
 Each has a few pictures of noise in the same folders, with the same lists in the same
 formats, as the real archive."""
 
+import pickle
 import zlib
 from pathlib import Path
 
@@ -17,6 +18,7 @@ BIRD_FILES = tuple(
 BIRD_IS_OF_WATER = (1, 1, 0)  # the third plays a bird of the land
 
 VARIANTS = ('707-320', 'F-16A/B', 'Spitfire')  # a name may have slashes
+THINGS = ('accordion', 'chair', 'lotus')
 BREEDS = ('Abyssinian', 'american_bulldog', 'yorkshire_terrier')
 MAKES = (
     'AM General Hummer SUV 2000',
@@ -124,6 +126,30 @@ def make_flower(root):
     return folder
 
 
+def make_caltech101(root):
+    "Three categories of two images, and backgrounds, which are none."
+    folder = root / 'caltech101'
+    for category in ('BACKGROUND_Google', *THINGS):
+        for i in (1, 2):
+            place = folder / '101_ObjectCategories' / category
+            picture(place / f'image_{i:04d}.jpg')
+    return folder
+
+
+def make_cifar100(root):
+    "Three categories with two images for training and one for testing."
+    folder = root / 'cifar-100-python'
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for split, n in (('train', 6), ('test', 3)):
+        data = rng.integers(0, 255, (n, 3 * 32 * 32), dtype='uint8')
+        labels = dict(fine_labels=[i % 3 for i in range(n)], coarse_labels=[0] * n)
+        (folder / split).write_bytes(pickle.dumps(dict(data=data, **labels)))
+    names = dict(fine_label_names=list(THINGS), coarse_label_names=['things'])
+    (folder / 'meta').write_bytes(pickle.dumps(names))
+    return folder
+
+
 MAKERS = dict(
     cub=make_cub,
     aircraft=make_aircraft,
@@ -131,4 +157,6 @@ MAKERS = dict(
     pet=make_pet,
     flower=make_flower,
     waterbirds=make_waterbirds,
+    caltech101=make_caltech101,
+    cifar100=make_cifar100,
 )

@@ -18,11 +18,12 @@ from PIL import Image
 from diffii.base.files import UserError
 from diffii.base.images import few_shot, halve
 from diffii.data.paper_sets import DATASETS, _species, paper_dataset
+from diffii.evaluation.tasks import few_shot_condition, paper_data
 
 
 @pytest.fixture(scope='module')
 def archives(tmp_path_factory):
-    "A folder that holds all six data sets."
+    "A folder that holds all data sets."
     root = tmp_path_factory.mktemp('archives')
     for make in paper_archives.MAKERS.values():
         make(root)
@@ -30,13 +31,16 @@ def archives(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def unsigned_flowers(monkeypatch):
-    """torchvision compares the flowers' lists with the sums of the official ones, which
-    small ones cannot have."""
-    from torchvision.datasets import Flowers102
+def unsigned(monkeypatch):
+    """torchvision compares some files with the sums of the official ones, which small
+    ones cannot have."""
+    from torchvision.datasets import CIFAR100, Flowers102
 
     for key, file in (('label', 'imagelabels.mat'), ('setid', 'setid.mat')):
         monkeypatch.setitem(Flowers102._file_dict, key, (file, None))
+    monkeypatch.setattr(CIFAR100, 'train_list', [['train', None]])
+    monkeypatch.setattr(CIFAR100, 'test_list', [['test', None]])
+    monkeypatch.setitem(CIFAR100.meta, 'md5', None)
 
 
 @pytest.fixture
@@ -178,6 +182,40 @@ def test_flowers_have_the_names_that_torchvision_knows(small):
     assert (test.labels, test.names[0]) == ((2, 1, 0), 'jpg/image_00009.jpg')
 
 
+def test_caltech_has_no_backgrounds_and_no_test_images(small, archives):
+    train = small('caltech101')
+
+    assert train.classes == paper_archives.THINGS
+    assert train.labels == (0, 0, 1, 1, 2, 2)
+    assert train.names[3] == 'chair/image_0002.jpg'
+    assert train.open(3).size == (12, 10)
+    assert not DATASETS['caltech101'].tested
+    assert "no split 'test'" in message(paper_dataset, 'caltech101', archives, 'test')
+
+
+def test_cifar_images_are_read_from_one_file(small):
+    train, test = small('cifar100'), small('cifar100', 'test')
+
+    assert train.classes == test.classes == paper_archives.THINGS
+    assert (train.labels, test.labels) == ((0, 1, 2, 0, 1, 2), (0, 1, 2))
+    assert (train.names[4], test.names[2]) == ('train/00004', 'test/00002')
+    assert train.open(4).size == (32, 32)
+    assert train.digest(4) != train.digest(1)
+
+
+def test_an_experiment_on_a_set_without_test_images_tests_on_the_rest(
+    archives, monkeypatch
+):
+    info = replace(DATASETS['caltech101'], classes=3, images=dict(train=6))
+    monkeypatch.setitem(DATASETS, 'caltech101', info)
+
+    data = paper_data('caltech101', str(archives))
+
+    train, test = few_shot_condition(data, 1, [], 0).sample(0)
+    assert (len(train), len(test)) == (3, 3)
+    assert data.suffixes
+
+
 def test_all_flowers_can_be_halved(small):
     flowers = small('flower', 'all')
     assert flowers.counts[:4].tolist() == [3, 3, 3, 0]
@@ -197,7 +235,8 @@ def test_reading_opens_no_image(small, archives, monkeypatch, name):
     with monkeypatch.context() as patch:
         patch.setattr(Image, 'open', refuse)
         images = small(name)
-    assert all(isinstance(path, Path) for path in images.images)
+    kind = Image.Image if name == 'cifar100' else Path  # from one file of numbers
+    assert all(isinstance(image, kind) for image in images.images)
     assert not any(str(archives) in n for n in images.names)
     assert images.metaclass == DATASETS[name].metaclass
     assert images.open(0).mode == 'RGB'
@@ -225,8 +264,8 @@ def test_a_missing_folder_is_named_with_its_remedy(tmp_path, name):
 def test_an_unknown_name_is_answered_with_the_known(archives):
     text = message(paper_dataset, 'food', archives)
     assert text == (
-        "food: not one of the paper's data sets, which are "
-        'cub, aircraft, car, pet, flower, waterbirds'
+        'food: not one of the data sets, which are '
+        'cub, aircraft, car, pet, flower, waterbirds, caltech101, cifar100'
     )
 
 

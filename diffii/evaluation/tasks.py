@@ -331,14 +331,19 @@ def folder_data(folder: str, settings: DataSettings) -> DataSet:
         flip=True,
     )
 
-# %% ../../nbs/evaluation/tasks.ipynb #7fcdcbb9
+# %% ../../nbs/evaluation/tasks.ipynb #97203600
 def paper_data(name: str, root: str | None) -> DataSet:
-    "One of the paper's data sets, from the folder that holds it."
+    "One of `DATASETS`, from the folder that holds it."
     from diffii.base.images import few_shot, halve
     from diffii.data.paper_sets import DATASETS, paper_dataset
+    from diffii.run.contexts import GENERAL, choose_suffixes
 
     require(root, f'--dataset {name}: --root must name the folder that holds it')
-    pool, test = (paper_dataset(name, root, part) for part in ('train', 'test'))
+    info, suffixes = DATASETS[name], None
+    pool = paper_dataset(name, root, 'train')
+    test = paper_dataset(name, root, 'test') if info.tested else None
+    if not info.suffixes:  # nothing was published for it
+        suffixes, _ = choose_suffixes(None, info.metaclass, fallback=GENERAL)
     shifted = tail = None
     if name == 'cub' and (Path(root) / DATASETS['waterbirds'].folder).is_dir():
 
@@ -353,5 +358,5 @@ def paper_data(name: str, root: str | None) -> DataSet:
             return halve(paper_dataset('flower', root, 'all'))
 
     return DataSet(
-        name, pool, None, test, suffixes=None, flip=True, tail=tail, shifted=shifted
+        name, pool, None, test, suffixes, flip=True, tail=tail, shifted=shifted
     )
