@@ -13,6 +13,7 @@ from .base.settings import (
     ContextSettings,
     FAST,
     FilterSettings,
+    GuideSettings,
     ImageSettings,
     InversionSettings,
     ModelSettings,

@@ -275,3 +275,18 @@ def weights(pipe):
         for name, network in networks.items()
         for k, v in network.state_dict().items()
     }
+
+
+def small_clip(folder, name='small-clip'):
+    "A CLIP of open_clip's kind with random weights: its name, and the file of weights."
+    import open_clip
+
+    vision = dict(image_size=32, layers=1, width=32, head_width=16, patch_size=8)
+    text = dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=1)
+    about = dict(embed_dim=16, vision_cfg=vision, text_cfg=text)
+    (Path(folder) / f'{name}.json').write_text(json.dumps(about))
+    open_clip.add_model_config(Path(folder) / f'{name}.json')
+    torch.manual_seed(0)
+    file = Path(folder) / f'{name}.pt'
+    torch.save(open_clip.create_model(name).state_dict(), file)
+    return name, file

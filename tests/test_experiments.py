@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from small_models import small_clip
 
 from diffii.base.files import UserError, read_json
 from diffii.base.pipeline import load_pipeline
@@ -176,30 +177,19 @@ def test_the_task_strength_draws_circles(tmp_path):
 
 
 @pytest.fixture
-def small_clip(tmp_path):
-    "A CLIP of open_clip's kind with random weights: the name and the file."
-    import open_clip
-    import torch
-
-    vision = dict(image_size=32, layers=1, width=32, head_width=16, patch_size=8)
-    text = dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=1)
-    about = dict(embed_dim=16, vision_cfg=vision, text_cfg=text)
-    (tmp_path / 'small-clip.json').write_text(json.dumps(about))
-    open_clip.add_model_config(tmp_path / 'small-clip.json')
-    torch.manual_seed(0)
-    file = tmp_path / 'weights.pt'
-    torch.save(open_clip.create_model('small-clip').state_dict(), file)
-    return f'small-clip:{file}'
+def named_clip(tmp_path):
+    "A CLIP of open_clip's kind with random weights, as the option names it."
+    return ':'.join(map(str, small_clip(tmp_path)))
 
 
-def test_the_clip_score_and_the_oracle_go_together(tmp_path, small_clip):
-    trials = SHORT | dict(trials=2, methods='original,random-noise', clip=small_clip)
+def test_the_clip_score_and_the_oracle_go_together(tmp_path, named_clip):
+    trials = SHORT | dict(trials=2, methods='original,random-noise', clip=named_clip)
     settings = BenchmarkSettings.of(trials=trials, data=dict(flip=False))
     table = benchmark('few-shot', 'aviary', tmp_path / 'x', settings)
     measured = {'clip', 'class_consistency', 'precision'}
     assert measured | {f'{name} sd' for name in measured} <= set(table)
     cell = read_cells(tmp_path / 'x')[-1]
-    assert cell['clip_model'] == small_clip
+    assert cell['clip_model'] == named_clip
     assert cell['oracle']['images'] == 20
     assert read_json(tmp_path / 'x' / 'experiment.json')['data']['flip'] is False
 

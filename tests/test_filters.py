@@ -185,7 +185,7 @@ def test_clip_says_how_likely_the_own_name_is(monkeypatch):
     real, asked = plain(1), []
     scale = torch.tensor(2.0).log()
     monkeypatch.setattr(
-        filters, 'clip_model', lambda *a, **k: (SimpleNamespace(logit_scale=scale),)
+        filters, 'named_clip', lambda *a, **k: (SimpleNamespace(logit_scale=scale),)
     )
 
     def vectors(clip, images, prompts):

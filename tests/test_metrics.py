@@ -1,10 +1,10 @@
 "Spread of trials, diversity, class-consistency, CLIP score, and feature distributions."
 
 import builtins
-import json
 
 import numpy as np
 import pytest
+from small_models import small_clip
 
 from diffii.base.backbones import head_of, square
 from diffii.base.embeddings import clip_model
@@ -123,17 +123,10 @@ def test_no_images_have_no_class_consistency(digits):
 def clip(tmp_path_factory):
     "A CLIP of open_clip's kind with random weights, and the file they are in."
     import open_clip
-    import torch
 
-    file = tmp_path_factory.mktemp('clip') / 'metric-clip.json'
-    vision = dict(image_size=32, layers=1, width=32, head_width=16, patch_size=8)
-    text = dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=1)
-    file.write_text(json.dumps(dict(embed_dim=16, vision_cfg=vision, text_cfg=text)))
-    open_clip.add_model_config(file)
-    torch.manual_seed(0)
-    model = open_clip.create_model('metric-clip').eval()
-    torch.save(model.state_dict(), file.with_suffix('.pt'))
-    return model, dict(model='metric-clip', weights_file=file.with_suffix('.pt'))
+    name, file = small_clip(tmp_path_factory.mktemp('clip'), 'metric-clip')
+    model = open_clip.create_model(name, pretrained=str(file)).eval()
+    return model, dict(model=name, weights_file=file)
 
 
 def test_the_clip_score_is_the_mean_cosine(clip, digits):

@@ -24,7 +24,7 @@ from diffii.base.settings import (
     specs,
 )
 
-# %% ../../nbs/app/options.ipynb #297d3f8b
+# %% ../../nbs/app/options.ipynb #e8dff3df
 TITLES = dict(
     images='Images',
     model='Model',
@@ -33,6 +33,7 @@ TITLES = dict(
     contexts='Contexts',
     sampling='Sampling',
     filter='Filter',
+    guide='Guide of gif',
     run='Run',
     data='Data set',
     trials='Trials',

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .files import require
 
-# %% ../../nbs/base/methods.ipynb #5ea4aa38
+# %% ../../nbs/base/methods.ipynb #427c1632
 @dataclass(frozen=True)
 class Method:
     "The answers of one method."
@@ -27,14 +27,18 @@ class Method:
     strengths: tuple = ()
     two_stage: bool = False  # first under a context, then without
     filtered: bool = False  # makes more than is wanted and keeps the nearest
+    imagined: bool = False  # a guide changes the latents after sampling
     paper: str = ''  # where it comes from
 
-# %% ../../nbs/base/methods.ipynb #df0fd83a
+# %% ../../nbs/base/methods.ipynb #e2bbc213
 METHODS = {
     'original': Method('none', 'nothing'),
     'real-gen': Method('none', 'noise', paper='arXiv 2210.07574'),
     'real-filter': Method('none', 'noise', filtered=True, paper='arXiv 2210.07574'),
     'real-guidance': Method('none', 'image', 'own', (0.1,), paper='arXiv 2210.07574'),
+    'gif': Method(
+        'none', 'image', 'own', (0.9,), imagined=True, paper='arXiv 2211.13976'
+    ),
     'real-mix': Method(
         'none', 'image', 'other', (0.5, 0.7, 0.9), paper='arXiv 2403.19600'
     ),

@@ -57,7 +57,7 @@ class Conditioning:
         every = [None if xs[0] is None else torch.cat(xs) for xs in zip(*tensors)]
         return Conditioning(*every)
 
-# %% ../../nbs/base/pipeline.ipynb #83b24091
+# %% ../../nbs/base/pipeline.ipynb #726e8682
 @dataclass
 class Pipeline:
     "A loaded diffusers pipeline and what Diff-II needs to know of it."
@@ -75,6 +75,8 @@ class Pipeline:
     cache: dict = field(default_factory=dict)
     # the U-Net as torch.compile made it, for calls that need no gradient
     compiled: Any = None
+    # what looks at images while the method gif changes their latents
+    guide: Any = None
     # part -> blocks in which it is at work, see `at_work`
     working: Counter = field(default_factory=Counter)
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['WORDS', 'LR_SCHEDULES', 'SOLVERS', 'INTERPOLATIONS', 'FAST', 'SCORES', 'AUGMENTS', 'setting', 'Spec', 'specs',
            'field_comments', 'read_value', 'Group', 'recommended', 'settings_for', 'ImageSettings', 'ModelSettings',
-           'ConceptSettings', 'InversionSettings', 'SamplingSettings', 'FilterSettings', 'ContextSettings',
-           'RunSettings', 'model_notes', 'Settings', 'group_kinds', 'checked_groups', 'checked', 'SomeGiven',
-           'ClassifierSettings', 'PushSettings', 'DataSettings', 'TrialSettings', 'BenchmarkSettings',
+           'ConceptSettings', 'InversionSettings', 'SamplingSettings', 'FilterSettings', 'GuideSettings',
+           'ContextSettings', 'RunSettings', 'model_notes', 'Settings', 'group_kinds', 'checked_groups', 'checked',
+           'SomeGiven', 'ClassifierSettings', 'PushSettings', 'DataSettings', 'TrialSettings', 'BenchmarkSettings',
            'ComparisonSettings', 'TrainSettings', 'TuningSettings', 'TuneSettings', 'read_config', 'config_text']
 
 # %% ../../nbs/base/settings.ipynb #65364f78
@@ -532,6 +532,26 @@ class FilterSettings(Group):
     # timm/vit_small_patch14_dinov2.lvd142m
     features: str = setting('efficientnet_lite0-imagenet', option='filter-features')
 
+# %% ../../nbs/base/settings.ipynb #86c77151
+@dataclass
+class GuideSettings(Group):
+    "The guide of the method gif. The defaults are those of arXiv 2211.13976 and its code."
+
+    # what looks at the images: a classifier of the training images, or clip, which knows
+    # the categories by their names
+    by: str = setting('classifier', option='guide', choices=('classifier', 'clip'))
+    # largest change of any value of a latent
+    epsilon: float = setting(0.8, option='guide-epsilon', above=0)
+    # steps in the direction that the guide prefers; 0 for a change by chance
+    steps: int = setting(1, option='guide-steps', least=0)
+    # length of such a step
+    rate: float = setting(0.1, option='guide-rate', above=0)
+    # open_clip model and tag, or file of weights, of clip
+    clip: str = setting('ViT-B-32:openai', option='guide-clip')
+    arch: str = setting('small', option='guide-arch')  # network of the classifier
+    # optimizer steps of the classifier
+    training: int = setting(200, option='guide-training', least=1)
+
 # %% ../../nbs/base/settings.ipynb #36c269bd
 @dataclass
 class ContextSettings(Group):
@@ -600,7 +620,7 @@ def _check_notes(notes):
             values = {k: v for k, v in {**found, **part}.items() if k in known}
             group(**values)
 
-# %% ../../nbs/base/settings.ipynb #3f89a066
+# %% ../../nbs/base/settings.ipynb #8d047a65
 @dataclass
 class Settings:
     "All settings of a run, in groups."
@@ -612,6 +632,7 @@ class Settings:
     contexts: ContextSettings = field(default_factory=ContextSettings)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     filter: FilterSettings = field(default_factory=FilterSettings)
+    guide: GuideSettings = field(default_factory=GuideSettings)
     run: RunSettings = field(default_factory=RunSettings)
 
     def __post_init__(self):

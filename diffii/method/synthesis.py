@@ -6,8 +6,8 @@
 __all__ = ['Planner', 'plan_row', 'settings_of', 'another_row', 'begins_at', 'make_plan', 'number_batches', 'start_latents',
            'fresh_noise', 'make_batch', 'circle_strip', 'soft_targets']
 
-# %% ../../nbs/method/synthesis.ipynb #c03dc53f
-from ..base.files import IMAGES, folder_name
+# %% ../../nbs/method/synthesis.ipynb #d34addc5
+from ..base.files import IMAGES, folder_name, require
 from ..base.methods import METHODS
 from ..base.pipeline import ROOMS, Pipeline
 from ..base.seeds import generator
@@ -15,6 +15,7 @@ from ..base.settings import SamplingSettings
 from .concepts import Concepts
 from .denoising import two_stage_denoise
 from .diffusion import ddim_grid, first_step, noised
+from .imagination import first_change, imagine
 from .interpolation import angle, draw_pairs, draw_strength, slerp
 from .inversion import InversionPool, image_of
 
@@ -185,7 +186,7 @@ def _sources(plan, k, n):
     gen = generator(plan.seed, 'pairs', plan.classes[k])
     return draw_pairs(len(names), n, gen, [image_of(name) for name in names])
 
-# %% ../../nbs/method/synthesis.ipynb #5bbe8255
+# %% ../../nbs/method/synthesis.ipynb #81cdc730
 def _beginning(row):
     "What the rows of a batch have in common: their first step, and what it starts from."
     return begins_at(row), row['start']
@@ -200,11 +201,37 @@ def number_batches(
     batch = first - 1
     for kind in sorted({_beginning(row) for row in rows}):
         together = [row for row in rows if _beginning(row) == kind]
-        for i, row in enumerate(together):
-            batch += i % batch_size == 0
-            row['batch'] = batch
+        for part in _parts(together, batch_size):
+            batch += 1
+            for row in part:
+                row['batch'] = batch
 
-# %% ../../nbs/method/synthesis.ipynb #feeab20e
+
+def _parts(rows, batch_size):
+    "Rows in batches; under a guide those of one training image stay together."
+    groups = [[row] for row in rows]
+    if METHODS[rows[0]['method']].imagined:
+        of_image = {}
+        for row in rows:
+            of_image.setdefault(_seed_image(row), []).append(row)
+        groups = [
+            group[i : i + batch_size]
+            for group in of_image.values()
+            for i in range(0, len(group), batch_size)
+        ]
+    parts = [[]]
+    for group in groups:
+        if len(parts[-1]) + len(group) > batch_size:
+            parts.append([])
+        parts[-1] += group
+    return parts
+
+
+def _seed_image(row):
+    "The training image that a row is made from."
+    return row['source_label'], row['sources'][0]
+
+# %% ../../nbs/method/synthesis.ipynb #1e46f287
 def start_latents(
     rows: list,  # of one batch
     pool: InversionPool | None,
@@ -234,9 +261,13 @@ def _source_latents(rows, pool, side):
 
 def _own_noise(row, pipe):
     "The noise that belongs to one row."
+    return torch.randn(pipe.latent_shape, generator=_row_generator(row, 'noise'))
+
+
+def _row_generator(row, purpose):
+    "A generator that belongs to one row and one purpose."
     again = [row['attempt']] if row['attempt'] else []
-    gen = generator(row['seed'], 'noise', row['source_label'], row['index'], *again)
-    return torch.randn(pipe.latent_shape, generator=gen)
+    return generator(row['seed'], purpose, row['source_label'], row['index'], *again)
 
 
 def fresh_noise(
@@ -253,7 +284,7 @@ def fresh_noise(
         drawn.append(torch.randn(shape, generator=generator(*key)))
     return torch.stack(drawn, 1)
 
-# %% ../../nbs/method/synthesis.ipynb #c7475e4c
+# %% ../../nbs/method/synthesis.ipynb #e68cca39
 def make_batch(
     pipe: Pipeline,
     concepts: Concepts,  # attached to `pipe` by the caller
@@ -283,11 +314,26 @@ def _make_batch(pipe, concepts, pool, rows):
         fresh=fresh_noise(rows, pipe),
     )
     finite = latents.isfinite().flatten(1).all(1).tolist()
-    images = pipe.decode_latents(latents.nan_to_num(0.0, 0.0, 0.0))
+    latents = latents.nan_to_num(0.0, 0.0, 0.0)
+    if METHODS[row['method']].imagined:
+        latents = _imagined(pipe, concepts, rows, latents)
+    images = pipe.decode_latents(latents)
     checked = getattr(pipe.pipe, 'safety_checker', None) is not None
     flags = pipe.flagged(images) if checked else [False] * len(images)
     good = [ok and not flag for ok, flag in zip(finite, flags)]
     return [im if ok and not _blank(im) else None for im, ok in zip(images, good)]
+
+
+def _imagined(pipe, concepts, rows, latents):
+    "Latents changed as the guide wants them; each row begins with a change of its own."
+    text = f'{rows[0]["method"]}: needs a guide; attach one of method.imagination'
+    require(pipe.guide is not None, text)
+    draws = [_row_generator(row, 'imagination') for row in rows]
+    start = torch.stack([first_change(gen, latents.shape[1]) for gen in draws], 1)
+    labels = torch.tensor([concepts.classes.index(row['label']) for row in rows])
+    seeds = [_seed_image(row) for row in rows]
+    groups = torch.tensor([seeds.index(seed) for seed in seeds])
+    return imagine(pipe, latents, start, labels, groups)
 
 
 def _prompts(pipe, concepts, rows):

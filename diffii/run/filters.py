@@ -7,10 +7,10 @@ __all__ = ['SCORERS', 'Scoring', 'folds_of', 'classifier_scores', 'targets_of', 
            'distances', 'lpips_scores', 'features_scores', 'clip_scores', 'Scorer', 'scores_of', 'worst',
            'score_folder', 'worst_names', 'filter_folder', 'check_filter', 'nearest', 'drop_candidates']
 
-# %% ../../nbs/run/filters.ipynb #c792c7d5
+# %% ../../nbs/run/filters.ipynb #b13e2371
 from ..base.backbones import build_model, square
 from ..base.batches import one_hot
-from ..base.embeddings import clip_model, clip_vectors, run_network
+from ..base.embeddings import clip_vectors, named_clip, run_network
 from ..base.features import lpips_features, lpips_model
 from ..base.files import require, write_json
 from ..base.images import ImageSet
@@ -232,24 +232,16 @@ def _unit(vectors):
     "Vectors brought to length 1."
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
-# %% ../../nbs/run/filters.ipynb #85414607
+# %% ../../nbs/run/filters.ipynb #3082391c
 def clip_scores(job: Scoring) -> np.ndarray:
     "Probability of the own category's name among all names, by CLIP."
-    clip = _open_clip(job.settings)
+    clip = named_clip(job.settings.clip)
     names = [clean_text(c.replace('_', ' ')) for c in job.made.classes]
     prompts = [prompt_of([n], job.made.metaclass) for n in names]
     images, texts = clip_vectors(clip, job.made, prompts)
     scale = clip[0].logit_scale.exp().cpu()
     p = (scale * images @ texts.T).softmax(1).numpy()
     return (p * targets_of(job.made)).sum(1)
-
-
-def _open_clip(settings):
-    "CLIP by name and tag, or by name and file of weights."
-    name, _, tag = settings.clip.partition(':')
-    if Path(tag).is_file():
-        return clip_model(name, weights_file=tag)
-    return clip_model(name, tag)
 
 # %% ../../nbs/run/filters.ipynb #ad571b05
 @dataclass(frozen=True)
@@ -327,7 +319,7 @@ def _about(job):
     aside = ('by', 'keep', 'below')
     return {k: v for k, v in settings.items() if k not in aside} | dict(seed=job.seed)
 
-# %% ../../nbs/run/filters.ipynb #b863464b
+# %% ../../nbs/run/filters.ipynb #59e45cec
 def worst_names(
     folder: RunFolder,
     scores: dict,  # number, or None, of each image by its file name
@@ -362,7 +354,7 @@ def check_filter(images: ImageSet, settings: FilterSettings):
     elif settings.by == 'denoising':
         require(len(images.classes) > 1, f'{text} two categories; use another')
     elif settings.by == 'clip':
-        _open_clip(settings)
+        named_clip(settings.clip)
     elif settings.by == 'lpips':
         lpips_model(settings.lpips)
     elif settings.by == 'features':

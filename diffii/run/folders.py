@@ -7,7 +7,7 @@ __all__ = ['CLUTTER', 'FORMAT', 'BEFORE', 'ASIDE', 'LOST', 'LEAST', 'MOST', 'N_S
            'DROPPED', 'PATIENCE', 'holds_run', 'differences', 'claim', 'Head', 'run_record', 'tentative', 'Row',
            'read_rows', 'RunRecord', 'Choices', 'ImageScores', 'RunFolder', 'held', 'bring_up']
 
-# %% ../../nbs/run/folders.ipynb #137360a8
+# %% ../../nbs/run/folders.ipynb #49ea38c5
 import contextlib
 import json
 import math
@@ -29,7 +29,8 @@ from diffii.base.records import (
     write_lines,
     write_record,
 )
-from ..base.settings import ConceptSettings, InversionSettings, SamplingSettings
+from ..base.settings import ConceptSettings, GuideSettings, InversionSettings
+from ..base.settings import SamplingSettings
 from .digests import Digests
 from fastcore.basics import patch
 
@@ -235,7 +236,7 @@ STATE = '.diffii'  # folder of the run's state inside the output folder
 RECORD = f'{STATE}/run.json'
 DROPPED = 'restore it, or delete it to have the dropped images back'
 
-# %% ../../nbs/run/folders.ipynb #5a04c680
+# %% ../../nbs/run/folders.ipynb #7546d8ca
 @dataclass(kw_only=True)
 class RunRecord(Head):
     "What decides the images of a run: `run.json`."
@@ -255,6 +256,7 @@ class RunRecord(Head):
     sampling: SamplingSettings
     given: str | None = None  # digest of concepts that were learned elsewhere
     few_step: str | None = None  # digest of few-step weights
+    guide: GuideSettings | None = None  # of the method gif
     vae_tiling: bool = False
     tf32: bool = False
 
@@ -280,7 +282,7 @@ class ImageScores:
     # of each image its attempt, and the score or None
     scores: dict[str, tuple[int, float | None]]
 
-# %% ../../nbs/run/folders.ipynb #0e77cca8
+# %% ../../nbs/run/folders.ipynb #39fb18a9
 class RunFolder:
     "The output folder of a run: where things are, and what they say."
 
@@ -296,6 +298,7 @@ class RunFolder:
         self.suffixes = self.state / 'suffixes.json'
         self.concepts = self.state / 'concepts'
         self.pool = self.state / 'pool'
+        self.guide = self.state / 'guide.safetensors'  # weights of a classifier
         self.plan = self.state / 'plan.jsonl'
         self.redrawn = self.state / 'redrawn'
         self.dropped = self.state / 'dropped.json'

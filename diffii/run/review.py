@@ -5,18 +5,19 @@
 # %% auto #0
 __all__ = ['status', 'damaged_files', 'per_minute', 'load_concepts', 'remake', 'made_with']
 
-# %% ../../nbs/run/review.ipynb #cf8b9f53
+# %% ../../nbs/run/review.ipynb #cfefa683
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 
 from ..base.files import IMAGES, require
 from ..base.pipeline import ROOMS, Pipeline, model_digest, same_model
 from ..base.records import inside, read_tensors
-from ..base.settings import ConceptSettings
+from ..base.settings import ConceptSettings, GuideSettings
 from ..method.concepts import CheckpointNotes, Concepts
 from ..method.few_step import open_few_step
 from ..method.synthesis import make_batch
 from .folders import AGAIN, RunFolder, read_rows
+from .guides import open_guide
 from .pools import load_pool
 from .runs import by_batch
 
@@ -99,7 +100,7 @@ def load_concepts(
     of_run = tuple(about['classes']), about['metaclass'], named, about['base']
     return Concepts(*of_run, [], {})
 
-# %% ../../nbs/run/review.ipynb #7adf7a22
+# %% ../../nbs/run/review.ipynb #beb4518c
 def remake(
     pipe: Pipeline,  # the model that the folder was made with
     path,  # an output folder
@@ -124,18 +125,22 @@ def made_with(
     pipe: Pipeline,
     path,  # an output folder
 ):
-    """A block in which the concepts of a run, and its few-step weights, are on the model.
-    Raises `UserError` for another model."""
+    """A block in which the concepts of a run, and its few-step weights or guide, are on
+    the model. Raises `UserError` for another model."""
     about = RunFolder(path).about()
     text = f'--model {pipe.model}: the images were made with another model'
     same = same_model(about['base'], model_digest(pipe))
     require(same, f'{text} ({about["model"]})')
     concepts = load_concepts(path)
     few_step = _few_step_of(pipe, about)
+    guide = about.get('guide') and GuideSettings(**about['guide'])
     with ExitStack() as stack:
         stack.enter_context(concepts.attached(pipe))
         if few_step:
             stack.enter_context(few_step.attached(pipe))
+        if guide:
+            opened = open_guide(RunFolder(path), guide, concepts, pipe)
+            stack.enter_context(opened.attached(pipe))
         yield concepts
 
 

@@ -39,7 +39,7 @@ from ..method.diffusion import ddim_grid
 from ..method.few_step import FewStep, open_few_step
 from ..method.inversion import InversionPool, check_pairs
 
-# %% ../../nbs/run/runs.ipynb #f916aadf
+# %% ../../nbs/run/runs.ipynb #edd4df9f
 from diffii.method.synthesis import (
     Planner,
     another_row,
@@ -66,6 +66,7 @@ from diffii.run.folders import (
     read_rows,
     tentative,
 )
+from .guides import check_guide, keep_guide, open_guide
 from .pools import build_pool, save_pool
 from fastcore.basics import patch
 
@@ -133,7 +134,7 @@ def load_synthetic(
         folder=folder.path,
     )
 
-# %% ../../nbs/run/runs.ipynb #87afa3e5
+# %% ../../nbs/run/runs.ipynb #5ffbfd3f
 @dataclass
 class Run:
     "What the stages of a run share."
@@ -175,6 +176,7 @@ class Run:
             **({} if concepts is None else dict(given=concepts.digest())),
             **{name: True for name in ('vae_tiling', 'tf32') if getattr(pipe, name)},
             **({} if self.few_step is None else dict(few_step=self.few_step.digest())),
+            **(dict(guide=asdict(settings.guide)) if self.method.imagined else {}),
         )
 
 # %% ../../nbs/run/runs.ipynb #0182088f
@@ -192,7 +194,7 @@ def in_force(self: Run) -> Settings:
         run=replace(settings.run, out=str(self.folder.path)),
     )
 
-# %% ../../nbs/run/runs.ipynb #c9555974
+# %% ../../nbs/run/runs.ipynb #ae212ae9
 def check_run(run: Run, concepts: Concepts | None, pool: InversionPool | None):
     "Raise `UserError` for whatever would stop the run later."
     images, settings = run.images, run.settings
@@ -206,6 +208,8 @@ def check_run(run: Run, concepts: Concepts | None, pool: InversionPool | None):
     enough = run.suffixes or not settings.sampling.suffixed_steps
     require(enough, f'{text} --split-ratio 0')
     check_filter(images, settings.filter)
+    if run.method.imagined:
+        check_guide(settings.guide)
     if concepts is not None:
         _check_given(run, concepts)
     elif run.method.learn != 'none':
@@ -519,7 +523,7 @@ def synthesize(
         processes().wait_for_everyone()
         return load_synthetic(out)
 
-# %% ../../nbs/run/runs.ipynb #377f74ca
+# %% ../../nbs/run/runs.ipynb #bb69c8d4
 def _make_all(run, concepts):
     "Inversions, plan, images, filter, metadata; the concepts are attached."
     pool, settings, ps = _pool(run, concepts), run.settings.sampling, processes()
@@ -531,9 +535,10 @@ def _make_all(run, concepts):
         _note_tensors(run.folder)
     ps.wait_for_everyone()
     few_step = run.few_step.attached(run.pipe) if run.few_step else nullcontext()
+    guide = _guide(run, concepts)
     parts = run.pipe, run.folder, concepts, pool, run.progress, run.settings.run.verify
     try:
-        with few_step:
+        with few_step, guide:
             make_missing(*parts)
         ps.wait_for_everyone()
         if ps.is_main_process:
@@ -541,6 +546,17 @@ def _make_all(run, concepts):
     finally:
         if ps.is_main_process:
             write_metadata(run.folder)
+
+
+def _guide(run, concepts):
+    "A block with the guide of the method, where it has one."
+    if not run.method.imagined:
+        return nullcontext()
+    settings, images, folder = run.settings, run.images, run.folder
+    if settings.guide.by == 'classifier':
+        flip = settings.images.flip
+        keep_guide(folder, images, settings.guide, flip, run.seed, run.pipe.device)
+    return open_guide(folder, settings.guide, concepts, run.pipe).attached(run.pipe)
 
 
 def _filter(run, concepts, plan):
