@@ -30,9 +30,12 @@ class Trial:
 
 def run_trial(pipe, data, real, out, seed, quick, few_step, progress) -> Trial:
     "Synthetic images from real ones, classifiers with and without them, diversity."
-    sampling = dict(few_step='own') if few_step else {}
-    sampling |= dict(expansion=2) if quick else {}
-    synthetic = _synthetic(pipe, data, real, out, seed, quick, sampling, progress)
+    given = dict(sampling=dict(few_step='own') if few_step else {})
+    if quick:
+        given['concepts'] = dict(steps=20, batch_size=8)
+        given['inversion'] = dict(per_image=1, forward_steps=0, fixed_point_iters=0)
+        given['sampling'] |= dict(expansion=2)
+    synthetic = _synthetic(pipe, data, real, out, seed, given, progress)
     settings = ClassifierSettings(flip=data.flip)
     seeds = [seed * 1000 + i for i in range(2)]
     if quick:
@@ -41,17 +44,16 @@ def run_trial(pipe, data, real, out, seed, quick, few_step, progress) -> Trial:
     return Trial(real, synthetic, accuracy, *_diversity(real, synthetic, progress))
 
 
-def _synthetic(pipe, data, real, out, seed, quick, sampling, progress):
-    "The synthetic images of one trial."
+def _synthetic(pipe, data, real, out, seed, given, progress):
+    "The synthetic images of one trial, with settings given by group."
     from diffii.run.runs import synthesize
 
     settings = Settings.of(
         pipe,
         real.metaclass,
         images=dict(flip=data.flip),
-        concepts=dict(steps=20, batch_size=8) if quick else {},
-        sampling=sampling,
         run=dict(seed=seed),
+        **given,
     )
     return synthesize(pipe, real, out, settings, data.suffixes, progress=progress)
 
