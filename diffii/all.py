@@ -72,9 +72,10 @@ from .evaluation.metrics import (
     precision_recall,
     spread,
 )
-from .evaluation.tables import show_results
+from .evaluation.statistics import decide, holm, paired
 from .evaluation.training import compare_training
 from .evaluation.tuning import tune
+from .evaluation.verdicts import Page, show_results
 from .start.demo import demo
 
 __all__ = sorted(name for name in globals() if not name.startswith('_'))

@@ -348,7 +348,7 @@ def benchmark(
         print(config_text(settings))
         return
     from diffii.evaluation.experiments import benchmark as run
-    from diffii.evaluation.tables import summary_lines
+    from diffii.evaluation.verdicts import summary_lines
 
     say, progress = voice(log)
     out = out or Path('diffii-benchmark') / f'{task}-{Path(dataset).name}'

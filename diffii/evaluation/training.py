@@ -29,7 +29,7 @@ from ..base.seeds import seed_of
 from ..base.settings import ClassifierSettings, ComparisonSettings, TrainSettings
 from .classifier_files import NOTES, Notes, copy_classifier
 from .classifier_files import save_classifier
-from .tables import verdict_of
+from .statistics import verdict_of
 from .training_report import FOLLOWED, KINDS, ComparisonResults
 from .training_report import write_training_report
 from ..run.folders import RunFolder, claim, holds_run, run_record

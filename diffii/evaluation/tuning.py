@@ -27,7 +27,7 @@ from ..base.settings import TuneSettings, config_text
 from ..data.sets import DataSet
 from .experiments import Experiment, check, classifier_settings
 from .experiments import make_synthetic
-from .tables import verdict_of
+from .statistics import verdict_of
 from .tasks import Condition, Configuration
 from .training import Cell, alone, fold_interval, fold_numbers
 from .training import learning_curve, read_cell, suited_classifier

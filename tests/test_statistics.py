@@ -1,0 +1,138 @@
+"Paired tests, Holm's correction, verdicts, and pages whose comparisons are one family."
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from diffii.base.files import UserError
+from diffii.evaluation.statistics import (
+    Comparison,
+    Paired,
+    decide,
+    holm,
+    paired,
+    plot_comparisons,
+    verdict_of,
+)
+from diffii.evaluation.verdicts import Page, comparisons
+
+RESULTS = Path(__file__).parent.parent / 'nbs' / 'results' / 'cells'
+
+
+def test_a_paired_test_is_scipys():
+    one, other = [3.0, 5.0, 4.0, 7.0], [1.0, 4.5, 2.0, 3.0]
+
+    found = paired([a - b for a, b in zip(one, other)])
+
+    theirs = stats.ttest_rel(one, other)
+    low, high = theirs.confidence_interval()
+    assert found.p == pytest.approx(theirs.pvalue)
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx(
+        (low, high)
+    )
+
+
+@pytest.mark.parametrize(
+    'differences, p, half',
+    [([2.0], 1, np.inf), ([2.0, 2.0], 0, 0), ([0.0, 0.0, 0.0], 1, 0)],
+)
+def test_differences_that_do_not_vary(differences, p, half):
+    found = paired(differences)
+    assert (found.p, found.half) == (p, half)
+
+
+def test_no_differences_are_an_error():
+    with pytest.raises(UserError, match='one finite number'):
+        paired([])
+
+
+# worked by hand: sorted, times m, m - 1, ..., never falling, at most 1
+HOLM = [
+    ([], []),
+    ([0.02], [0.02]),
+    ([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]),
+    ([0.01, 0.02, 0.03, 0.04], [0.04, 0.06, 0.06, 0.06]),
+    ([0.6, 0.7], [1.0, 1.0]),
+    ([0.01, 0.01], [0.02, 0.02]),
+]
+
+
+@pytest.mark.parametrize('p, adjusted', HOLM)
+def test_holms_correction(p, adjusted):
+    assert holm(p) == pytest.approx(adjusted)
+
+
+@pytest.mark.parametrize('p', [[-0.1], [1.1], [float('nan')]])
+def test_what_is_no_probability_is_refused(p):
+    with pytest.raises(UserError, match='from 0 to 1'):
+        holm(p)
+
+
+@pytest.mark.parametrize(
+    'mean, half, p, margin, word',
+    [
+        (3, 1, 0.01, 2, 'better'),
+        (-3, 1, 0.01, 2, 'worse'),
+        (3, 1, 0.06, 2, 'undecided'),  # it falls under the correction
+        (1, 0.5, 0.01, 2, 'better'),  # small, but there
+        (1, 0.9, 0.06, 2, 'equivalent'),
+        (1, 1.1, 0.06, 2, 'undecided'),
+        (1, 1.5, None, 0, 'undecided'),  # without p the interval decides
+        (2, 1.5, None, 0, 'better'),
+        (0, 0, None, 0, 'equivalent'),
+        (3, float('nan'), None, 0, 'undecided'),
+        (3, float('inf'), 1.0, 2, 'undecided'),
+    ],
+)
+def test_the_word_for_a_difference(mean, half, p, margin, word):
+    assert verdict_of(mean, half, p, margin) == word
+
+
+def comparison(row, other, p, **more):
+    return Comparison('5-shot', row, other, Paired(3.0, 2.0, p, 10), **more)
+
+
+def test_a_question_asked_from_both_sides_counts_once():
+    one, other = comparison('a', 'b', 0.03), comparison('b', 'a', 0.03)
+
+    assert [c.p for c in decide([one, other])] == [0.03, 0.03]
+    assert decide([one, other])[0].verdict == 'better'
+
+
+def test_the_same_names_in_two_experiments_are_two_questions():
+    both = [comparison('a', 'b', 0.03, experiment=e) for e in ('x', 'y')]
+
+    assert [c.p for c in decide(both)] == [0.06, 0.06]
+
+
+def test_a_page_corrects_over_all_its_experiments():
+    folders = RESULTS / 'few-shot-aviary', RESULTS / 'few-shot-10-aviary'
+
+    page = Page(*folders)
+
+    raw = [c.found.p for c in page.family]
+    assert len(page.of(folders[0])) + len(page.of(folders[1])) == len(raw)
+    assert [c.p for c in page.family] == pytest.approx(holm(raw).tolist())
+
+
+def test_panels_share_one_axis():
+    family = decide([comparison('a', name, 0.01) for name in 'bcd'])
+
+    fig = plot_comparisons({'one': family, 'other': family[:1]})
+
+    one, other = fig.axes
+    assert one.get_xlim() == other.get_xlim()
+    assert [t.get_text() for t in one.get_yticklabels()] == [
+        f'{name}: better' for name in 'bcd'
+    ]
+
+
+def test_trials_that_only_one_has_are_not_compared():
+    cells = [dict(setting='s', row='a', trial=t, accuracy=t) for t in range(3)]
+    cells += [dict(setting='s', row='b', trial=1, accuracy=0.0)]
+
+    found = comparisons(cells, 's', 'a')
+
+    assert [(c.other, c.found.trials, c.found.mean) for c in found] == [('b', 1, 1.0)]
