@@ -784,7 +784,7 @@ class DataSettings(Group):
     # use the images that settings are chosen on, of digits or aviary
     tuning: bool = setting(False)
 
-# %% ../../nbs/base/settings.ipynb #94e51f56
+# %% ../../nbs/base/settings.ipynb #79f7f383
 @dataclass
 class TrialSettings(Group):
     "What is compared, and how often."
@@ -799,6 +799,8 @@ class TrialSettings(Group):
     # of sweeps: the values, as 0,0.3,1; of few-step: the calls
     values: tuple[float, ...] = setting(())
     trials: int = setting(3, least=1, first=True)  # repetitions of everything
+    # classifiers of each cell, which differ in their seed; their mean counts
+    classifiers: int = setting(1, least=1, first=True)
     seed: int = setting(0, first=True)  # seed of the first trial; the next has the next
     # the paper's classifier: resnet50, vit_b_16, or resnet50-lt for long tails; settings
     # that are given go before it

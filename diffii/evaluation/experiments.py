@@ -4,29 +4,34 @@
 
 # %% auto #0
 __all__ = ['Experiment', 'cell_settings', 'classifier_settings', 'given_classifier', 'paper_classifier', 'trial_concepts',
-           'trial_pool', 'make_synthetic', 'oracle', 'measure', 'distances', 'check_clip', 'clip_weights', 'run_cell',
-           'check', 'about_run', 'benchmark', 'missing_cells', 'draw_strength_strips']
+           'trial_pool', 'make_synthetic', 'oracle', 'measure', 'distances', 'check_clip', 'clip_weights',
+           'classifier_seed', 'train_one', 'mean_scores', 'run_cell', 'check', 'about_run', 'benchmark',
+           'missing_cells', 'is_done', 'run_cells', 'draw_strength_strips']
 
-# %% ../../nbs/evaluation/experiments.ipynb #0ab07743
+# %% ../../nbs/evaluation/experiments.ipynb #a421ca2c
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
+
 from ..base.files import folder_name, require, save_png
 from ..base.pictures import grid
-from ..base.records import write_record
+from ..base.records import read_record, write_record
 from ..base.seeds import seed_of
 from ..base.settings import BenchmarkSettings, ClassifierSettings, ConceptSettings
 from ..base.settings import Settings, model_notes
 from ..data.sets import DataSet
-from .tables import write_tables
+from .tables import RUN_AGAIN, Cell, write_tables
 from .tasks import SHIPPED, Condition, Configuration
 from .tasks import conditions as conditions_of
 from .tasks import open_data_set
+from .workers import alone, shared
 from ..run.folders import claim
 
-# %% ../../nbs/evaluation/experiments.ipynb #7a1b19a7
+# %% ../../nbs/evaluation/experiments.ipynb #f5a5fb5f
 @dataclass
 class Experiment:
     "One experiment: where it is kept, and with what it is run."
@@ -52,6 +57,11 @@ class Experiment:
     def device(self):
         return self.settings.model.device
 
+    @property
+    def locks(self) -> Path:
+        "Where several processes say what each is at."
+        return self.out / 'work' / 'locks'
+
     def cell(self, condition, configuration, trial) -> Path:
         "The file of a cell."
         names = folder_name(condition.name), folder_name(configuration.name)
@@ -61,6 +71,10 @@ class Experiment:
         "Where the concepts, inversions and images of a trial are kept."
         name = f'{folder_name(condition.name)}--{trial}'
         return self.out / 'work' / name / Path(*more)
+
+    def alone(self, folder: Path):
+        "Hold a folder of `work`, as a context; another process waits for it."
+        return alone(self.locks, '--'.join(folder.parts[-2:]))
 
 # %% ../../nbs/evaluation/experiments.ipynb #3d178a04
 def cell_settings(
@@ -134,7 +148,7 @@ def paper_classifier(preset: str, dataset: str) -> dict:  # of `ClassifierSettin
     found.pop('flip', None)  # that is the data set's own
     return found
 
-# %% ../../nbs/evaluation/experiments.ipynb #fe46a80b
+# %% ../../nbs/evaluation/experiments.ipynb #98973854
 def trial_concepts(e: Experiment, condition, trial, train, settings: Settings):
     "The concepts of a trial, learned once for all that learn the same; None for names."
     from diffii.base.methods import METHODS
@@ -143,15 +157,19 @@ def trial_concepts(e: Experiment, condition, trial, train, settings: Settings):
     learn = METHODS[settings.sampling.method].learn
     if learn == 'none':
         return None
-    return learn_concepts(
-        e.pipe,
-        train,
-        settings.concepts,
-        e.seed + trial,
-        e.work(condition, trial, learn),
-        lambda step, n, loss: e.progress(f'{condition.name} {trial}: {learn}', step, n),
-        sample_every=0,
-    )
+    folder = e.work(condition, trial, learn)
+    with e.alone(folder):
+        return learn_concepts(
+            e.pipe,
+            train,
+            settings.concepts,
+            e.seed + trial,
+            folder,
+            lambda step, n, loss: e.progress(
+                f'{condition.name} {trial}: {learn}', step, n
+            ),
+            sample_every=0,
+        )
 
 
 def trial_pool(e: Experiment, condition, trial, train, concepts, settings: Settings):
@@ -160,17 +178,18 @@ def trial_pool(e: Experiment, condition, trial, train, concepts, settings: Setti
 
     name = f'pool-{seed_of(*asdict(settings.inversion).items())}'
     stage = f'{condition.name} {trial}: inversions'
-    with concepts.attached(e.pipe):
+    folder = e.work(condition, trial, name)
+    with e.alone(folder), concepts.attached(e.pipe):
         return build_pool(
             e.pipe,
             train,
             concepts,
-            e.work(condition, trial, name),
+            folder,
             settings.inversion,
             lambda done, n: e.progress(stage, done, n),
         )
 
-# %% ../../nbs/evaluation/experiments.ipynb #81eb0784
+# %% ../../nbs/evaluation/experiments.ipynb #65aab9a2
 def make_synthetic(e: Experiment, condition, configuration, trial, train):
     "The synthetic set of a cell; None where its configuration makes none."
     from diffii.run.runs import synthesize
@@ -188,16 +207,18 @@ def make_synthetic(e: Experiment, condition, configuration, trial, train):
         if stage == 'images':
             e.progress(f'{condition.name} {trial}: {configuration.name}', done, n)
 
-    return synthesize(
-        e.pipe,
-        train,
-        e.work(condition, trial, folder_name(name)),
-        settings,
-        condition.suffixes or e.data.suffixes,
-        concepts,
-        pool,
-        progress,
-    )
+    folder = e.work(condition, trial, folder_name(name))
+    with e.alone(folder):
+        return synthesize(
+            e.pipe,
+            train,
+            folder,
+            settings,
+            condition.suffixes or e.data.suffixes,
+            concepts,
+            pool,
+            progress,
+        )
 
 # %% ../../nbs/evaluation/experiments.ipynb #b142978d
 def oracle(e: Experiment, classes: tuple):
@@ -298,38 +319,34 @@ def clip_weights(clip: tuple) -> dict:
     file = tag if Path(tag).is_file() else None
     return dict(model=model, pretrained=tag, weights_file=file)
 
-# %% ../../nbs/evaluation/experiments.ipynb #b370592b
-def run_cell(e: Experiment, condition, configuration, trial: int) -> dict:
-    "Make the synthetic images of a cell, train its classifier, measure."
-    import time
+# %% ../../nbs/evaluation/experiments.ipynb #0011e37b
+def classifier_seed(e: Experiment, trial: int, c: int) -> int:
+    "The seed of the c-th classifier of a cell; the first has the trial's own."
+    own = e.seed + trial
+    return seed_of(own, 'classifier', c) if c else own
 
+
+def train_one(e: Experiment, configuration, trial: int, c: int, images) -> dict:
+    "Train the c-th classifier of a cell; its scores in percent."
     from diffii.evaluation.long_tail import long_tail_callbacks
     from diffii.method.classifier import train_classifier
 
-    began = time.time()
-    train, test = condition.sample(trial)
-    made = make_synthetic(e, condition, configuration, trial, train)
-    stage = f'{condition.name} {trial}: {configuration.name}, classifier'
-    e.progress(stage, 0, 1)
+    train, test, made = images
+    seed = classifier_seed(e, trial, c)
     result = train_classifier(
         train,
         test,
         made,
         classifier_settings(e, configuration),
-        seed=e.seed + trial,
+        seed=seed,
         progress=False,
-        callbacks=long_tail_callbacks(configuration.long_tail or 'CE', e.seed + trial),
+        callbacks=long_tail_callbacks(configuration.long_tail or 'CE', seed),
     )
-    e.progress(stage, 1, 1)
-    found = dict(setting=condition.name, row=configuration.name, trial=trial)
-    found |= _scores(e.task, result, train, test, made)
-    if made is not None and len(made) > 1:
-        found |= measure(e, made, test)
-    return found | dict(seconds=time.time() - began)
+    return dict(seed=seed) | _scores(e.task, result, train)
 
-# %% ../../nbs/evaluation/experiments.ipynb #fbac73c3
-def _scores(task, result, train, test, made) -> dict:
-    "Accuracies in percent, and what they are of."
+# %% ../../nbs/evaluation/experiments.ipynb #98d9dd5f
+def _scores(task, result, train) -> dict:
+    "Accuracies of one classifier in percent."
     from diffii.evaluation.long_tail import group_accuracy, shot_groups
 
     def percent(shares):
@@ -338,9 +355,6 @@ def _scores(task, result, train, test, made) -> dict:
     found = dict(
         accuracy=100 * result.accuracy,
         top5=None if result.top5 is None else 100 * result.top5,
-        n_train=len(train),
-        n_test=len(test),
-        n_synthetic=0 if made is None else len(made),
         per_class=percent(result.per_class),
     )
     if task == 'ood':
@@ -349,6 +363,43 @@ def _scores(task, result, train, test, made) -> dict:
         bounds = (100, 20) if train.counts.max() > 100 else None
         found['groups'] = percent(group_accuracy(result, shot_groups(train, bounds)))
     return found
+
+
+def mean_scores(scores: list) -> dict:
+    "The mean over classifiers, of each accuracy and of each group and category."
+    found = {}
+    for name in ('accuracy', 'top5', 'per_class', 'groups'):
+        values = [s[name] for s in scores if s.get(name) is not None]
+        if values and isinstance(values[0], dict):
+            found[name] = {k: float(np.mean([v[k] for v in values])) for k in values[0]}
+        elif values:
+            found[name] = float(np.mean(values))
+    return found
+
+# %% ../../nbs/evaluation/experiments.ipynb #e357024f
+def run_cell(e: Experiment, condition, configuration, trial: int) -> dict:
+    "Make the images of a cell, measure them, and train the classifiers that it lacks."
+    import time
+
+    began, file = time.time(), e.cell(condition, configuration, trial)
+    cell = read_record(file, Cell, RUN_AGAIN) if file.is_file() else {}
+    train, test = condition.sample(trial)
+    made = make_synthetic(e, condition, configuration, trial, train)
+    if not cell:
+        cell = dict(setting=condition.name, row=configuration.name, trial=trial)
+        n_made = 0 if made is None else len(made)
+        cell |= dict(n_train=len(train), n_test=len(test), n_synthetic=n_made)
+        cell |= measure(e, made, test) if n_made > 1 else {}
+    before = cell.get('seconds', 0)
+    scores = list(cell.get('classifiers', []))
+    stage = f'{condition.name} {trial}: {configuration.name}, classifiers'
+    for c in range(len(scores), e.settings.trials.classifiers):
+        e.progress(stage, c, e.settings.trials.classifiers)
+        scores.append(train_one(e, configuration, trial, c, (train, test, made)))
+        cell |= mean_scores(scores) | dict(classifiers=scores)
+        write_record(file, cell | dict(seconds=before + time.time() - began))
+    e.progress(stage, len(scores), len(scores))
+    return read_record(file, Cell, RUN_AGAIN)
 
 # %% ../../nbs/evaluation/experiments.ipynb #fef02029
 def check(e: Experiment, grid_: list):
@@ -416,7 +467,7 @@ def about_run(e: Experiment, dataset: str) -> dict:
     given = dict(concepts=s.concepts, classifier=e.classifier)
     return about | dict(model=model) | given | which
 
-# %% ../../nbs/evaluation/experiments.ipynb #1162adef
+# %% ../../nbs/evaluation/experiments.ipynb #47c7e2d3
 def benchmark(
     task: str = 'few-shot',  # one of `TASKS`
     dataset: str = 'digits',  # see `open_data_set`
@@ -441,9 +492,7 @@ def benchmark(
     if task == 'strength':
         draw_strength_strips(e, grid_)
         return None
-    for condition, configuration, trial in todo:
-        numbers = run_cell(e, condition, configuration, trial)
-        write_record(e.cell(condition, configuration, trial), numbers)
+    run_cells(e, todo)
     arch = ClassifierSettings(**classifier).arch
     return write_tables(e.out, task, grid_, arch)
 
@@ -451,14 +500,37 @@ def benchmark(
 def missing_cells(
     e: Experiment, grid_: list
 ) -> list:  # (condition, configuration, trial)
-    "The cells that have no file yet, trial by trial."
-    return [
+    "The cells that lack classifiers or have no file yet, trial by trial."
+    cells = [
         (condition, configuration, trial)
         for condition in grid_
         for trial in range(e.settings.trials.trials)
         for configuration in condition.configurations
-        if not e.cell(condition, configuration, trial).is_file()
     ]
+    return [cell for cell in cells if not is_done(e, *cell)]
+
+
+def is_done(e: Experiment, condition, configuration, trial) -> bool:
+    "Has a cell as many classifiers as are asked for?"
+    file = e.cell(condition, configuration, trial)
+    if not file.is_file():
+        return False
+    cell = read_record(file, Cell, RUN_AGAIN)
+    return len(cell.get('classifiers', [])) >= e.settings.trials.classifiers
+
+# %% ../../nbs/evaluation/experiments.ipynb #e3774dde
+def run_cells(e: Experiment, todo: list):
+    "Run cells, each in one process, until there is none left to begin."
+    jobs = [
+        (f'{condition.name}--{trial}', e.cell(condition, configuration, trial).stem)
+        for condition, configuration, trial in todo
+    ]
+    for i in shared(e.locks, jobs, lambda i: is_done(e, *todo[i])):
+        run_cell(e, *todo[i])
+    left = [jobs[i][1] for i in range(len(jobs)) if not is_done(e, *todo[i])]
+    if left:
+        text = f'{len(left)} cells are being made by another process, as {left[0]}; the'
+        warnings.warn(f'{text} table is without them until it ends')
 
 # %% ../../nbs/evaluation/experiments.ipynb #d4353d98
 def draw_strength_strips(e: Experiment, grid_: list, n: int = 13, most: int = 4):
