@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['MOST', 'taken', 'alone', 'at_work', 'workers', 'share_of_cores', 'Share', 'shared']
 
-# %% ../../nbs/evaluation/workers.ipynb #e0e5548c
+# %% ../../nbs/evaluation/workers.ipynb #1791db77
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+
+from fastcore.basics import patch
 
 from ..base.files import folder_name
 from ..base.processes import first_makes, processes
@@ -94,7 +96,7 @@ def share_of_cores(folder):
     finally:
         torch.set_num_threads(all_threads)
 
-# %% ../../nbs/evaluation/workers.ipynb #00d17d03
+# %% ../../nbs/evaluation/workers.ipynb #9836de7e
 class Share:
     "The jobs that this process takes of what several share."
 
@@ -107,44 +109,52 @@ class Share:
         self.folder, self.jobs, self.done = folder, jobs, done
         self.group, self.group_lock = None, None
 
-    def _take(self, groups):
-        "The first unfinished job of some groups that nobody holds, with its lock."
-        for i, (group, name) in enumerate(self.jobs):
-            if group not in groups or self.done(i):
-                continue
-            lock = taken(self.folder, f'job {name}')
-            if lock is not None and self.done(i):  # finished just now
-                lock.release()
-                lock = None
-            if lock is not None:
-                return i, lock
-        return None, None
+# %% ../../nbs/evaluation/workers.ipynb #1da86a6d
+@patch
+def _take(self: Share, groups):
+    "The first unfinished job of some groups that nobody holds, with its lock."
+    for i, (group, name) in enumerate(self.jobs):
+        if group not in groups or self.done(i):
+            continue
+        lock = taken(self.folder, f'job {name}')
+        if lock is not None and self.done(i):  # finished just now
+            lock.release()
+            lock = None
+        if lock is not None:
+            return i, lock
+    return None, None
 
-    def _change_group(self):
-        "Leave the group and take one with unfinished jobs that nobody is at."
-        self.close()
-        open_ = {g for i, (g, _) in enumerate(self.jobs) if not self.done(i)}
-        for group in dict.fromkeys(g for g, _ in self.jobs):
-            lock = taken(self.folder, f'group {group}') if group in open_ else None
-            if lock is not None:
-                self.group, self.group_lock = group, lock
-                return True
-        return False
 
-    def next(self):  # -> (position of a job, its lock), or (None, None)
-        "Take a job: of the own group, of a new one, or to help another worker."
+@patch
+def _change_group(self: Share):
+    "Leave the group and take one with unfinished jobs that nobody is at."
+    self.close()
+    open_ = {g for i, (g, _) in enumerate(self.jobs) if not self.done(i)}
+    for group in dict.fromkeys(g for g, _ in self.jobs):
+        lock = taken(self.folder, f'group {group}') if group in open_ else None
+        if lock is not None:
+            self.group, self.group_lock = group, lock
+            return True
+    return False
+
+# %% ../../nbs/evaluation/workers.ipynb #4138fc28
+@patch
+def next(self: Share):  # -> (position of a job, its lock), or (None, None)
+    "Take a job: of the own group, of a new one, or to help another worker."
+    i, lock = self._take({self.group})
+    if i is None and self._change_group():
         i, lock = self._take({self.group})
-        if i is None and self._change_group():
-            i, lock = self._take({self.group})
-        if i is None:
-            i, lock = self._take({g for g, _ in self.jobs})
-        return i, lock
+    if i is None:
+        i, lock = self._take({g for g, _ in self.jobs})
+    return i, lock
 
-    def close(self):
-        "Leave the group."
-        if self.group_lock is not None:
-            self.group_lock.release()
-        self.group, self.group_lock = None, None
+
+@patch
+def close(self: Share):
+    "Leave the group."
+    if self.group_lock is not None:
+        self.group_lock.release()
+    self.group, self.group_lock = None, None
 
 # %% ../../nbs/evaluation/workers.ipynb #89f81e5c
 def shared(
