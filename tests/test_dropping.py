@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 from small_runs import GIVEN, SUFFIXES, few_birds, hardly_learned
 
-from diffii.base.files import UserError
+from diffii.base.files import UserError, write_json
 from diffii.base.methods import METHODS
 from diffii.base.pipeline import load_pipeline
 from diffii.base.settings import Settings
@@ -171,6 +171,13 @@ def test_names_are_read_from_lines(tmp_path):
     assert read_names(file) == ['öak/1.png', 'oak/2.png']
 
 
+def test_a_name_ends_at_the_end_of_a_line_alone(tmp_path):
+    "A line separator of Unicode may be in a category's name."
+    file = tmp_path / 'rejected.txt'
+    file.write_bytes('on\u2028two/1.png\r\nb\x85c/2.png\n'.encode())
+    assert read_names(file) == ['on\u2028two/1.png', 'b\x85c/2.png']
+
+
 def test_a_file_of_names_that_is_none_is_told_of(tmp_path):
     (tmp_path / 'bytes').write_bytes(b'\xff\xfe\x00')
     for file in (tmp_path / 'bytes', tmp_path / 'none', tmp_path):
@@ -231,6 +238,13 @@ def test_a_refill_is_another_image_of_the_same_parents(made, pipe):
     )
     assert row['sources'] == old['sources'] and row['attempt'] >= runs.ATTEMPTS
     assert status(made.folder)['dropped'] == 0
+
+
+def test_status_counts_refills_apart_from_images_that_failed(made, pipe):
+    drop(made.folder, made.names[:2])
+    refill(pipe, made.folder)
+    now = status(made.folder)
+    assert (now['refilled'], now['redrawn'], now['done']) == (2, 0, len(made))
 
 
 def test_a_refill_stays_when_the_run_goes_on(made, make, pipe):
@@ -378,6 +392,17 @@ def test_without_scores_the_remedy_is_told(made):
         drop_worst(made.folder, 'lpips')
 
 
+def test_of_several_scores_one_must_be_named(made, birds, numbered):
+    score(made.folder, ['lpips'], birds)
+    folder = RunFolder(made.folder)
+    kept = folder.image_scores()
+    write_json(folder.scores, kept | dict(clip=kept['lpips']))
+    with pytest.raises(UserError, match='which score. --by lpips or --by clip'):
+        drop_worst(made.folder)
+    with pytest.raises(UserError, match='no such scores; give --by lpips or --by clip'):
+        drop_worst(made.folder, 'features')
+
+
 def test_an_unscored_image_is_told_of(made, birds, pipe, numbered):
     score(made.folder, ['lpips'], birds)
     drop(made.folder, made.names[:1])
@@ -451,14 +476,16 @@ def test_the_command_drops_by_name_and_by_file(made, say, tmp_path):
     (tmp_path / 'rejected.txt').write_text('\n'.join(made.names[1:3]))
     one = say('drop', made.folder, made.names[0])
     more = say('drop', made.folder, '--file', tmp_path / 'rejected.txt')
-    assert one.out.startswith('1 images dropped;')
+    assert one.out.startswith('1 image dropped;')
     assert more.out == f'2 images dropped; {made.folder} has 9; undo with --keep\n'
     assert 'dropped     3' in say('status', made.folder).out
 
 
 def test_the_command_brings_back(made, say):
     say('drop', made.folder, *made.names[:3])
-    assert say('drop', made.folder, made.names[0], '--keep').out.startswith('1 images')
+    assert say('drop', made.folder, made.names[0], '--keep').out.startswith(
+        '1 image is'
+    )
     assert say('drop', made.folder, '--keep').out.startswith('2 images are back;')
     assert load_synthetic(made.folder).names == made.names
 
@@ -467,7 +494,7 @@ def test_the_command_drops_and_refills(made, say):
     say('drop', made.folder, made.names[5])
     answer = say('drop', made.folder, made.names[0], '--refill')
     assert answer.code == 0, answer.err
-    assert '1 images were replaced' in answer.out
+    assert '1 image was replaced' in answer.out
     rows = load_synthetic(made.folder).rows
     assert len(rows) == 11 and rows[0]['attempt'] >= runs.ATTEMPTS
 
@@ -475,7 +502,7 @@ def test_the_command_drops_and_refills(made, say):
 def test_the_command_scores_and_drops_the_worst(made, say, folder_of_birds, numbered):
     answer = say('score', made.folder, 'lpips', '--images', folder_of_birds)
     assert answer.code == 0, answer.err
-    assert answer.out.startswith('lpips      12 images, 0.000 to 5.000')
+    assert answer.out.startswith('lpips      12 images, 0 to 5, half of them below 3')
     say('drop', made.folder, '--worst', '50%')
     assert load_synthetic(made.folder).counts.tolist() == [3, 3]
 
@@ -489,7 +516,7 @@ def test_the_command_scores_and_drops_the_worst(made, say, folder_of_birds, numb
         (['--keep', '--worst', '10%'], 'leave --worst and --below out'),
         (['--worst', '110%'], '--worst 110%: give a share above 0'),
         (['--worst', 'ten'], '--worst ten: give a share above 0'),
-        (['--worst', '10%'], 'scores in .*: none; run first: diffii score'),
+        (['--worst', '10%'], 'have no scores; run first: diffii score'),
         (['../x.png'], "'../x.png': no image of"),
         (['--file', 'nowhere.txt'], '--file nowhere.txt: cannot be read'),
     ],

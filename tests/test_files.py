@@ -11,6 +11,7 @@ from diffii.base.files import (
     load_tensors,
     optimizer_tensors,
     read_json,
+    remove_unfinished,
     save_tensors,
     shown_error,
     write_json,
@@ -175,3 +176,22 @@ def test_a_suffix_cannot_name_a_token():
 def test_an_empty_metaclass_is_refused():
     with pytest.raises(UserError, match='--metaclass'):
         prompt_of(['<c0>'], ' <> ')
+
+
+def test_what_a_killed_process_left_of_a_file_is_removed_and_no_more(tmp_path):
+    "A name may have characters that mean something to a pattern."
+    for name in ('.a[1].csv.77.tmp', '.a1.csv.77.tmp', 'a[1].csv', 'a.tmp'):
+        (tmp_path / name).touch()
+    remove_unfinished(tmp_path / 'a[1].csv')
+    left = ['.a1.csv.77.tmp', 'a.tmp', 'a[1].csv']
+    assert sorted(p.name for p in tmp_path.iterdir()) == left
+    remove_unfinished(tmp_path / 'elsewhere' / 'a.csv')  # where there is no folder
+
+
+def test_what_killed_processes_left_in_a_folder_is_removed(tmp_path):
+    (tmp_path / 'b').mkdir()
+    for name in ('.a.json.7.tmp', 'a.json', 'b/.c.png.8.tmp', 'b/c.tmp'):
+        (tmp_path / name).touch()
+    remove_unfinished(tmp_path)
+    left = sorted(p.name for p in tmp_path.rglob('*') if p.is_file())
+    assert left == ['a.json', 'c.tmp']

@@ -96,6 +96,13 @@ def test_no_image_is_scored_by_a_classifier_of_its_parents(trained, count):
             assert not {s.partition('@')[0] for s in row['sources']} & set(names)
 
 
+def test_a_view_leads_back_to_the_image_it_is_of():
+    real = plain(1)
+    made = children(real, [(0, 0)])
+    made.rows[0]['sources'] = ['oak/0.png#mirror@1', 'oak/0.png']
+    assert Scoring(real, made).parents == [(0, 0)]
+
+
 def test_an_image_without_parents_is_scored_by_all(trained):
     real = plain(3)
     classifier_scores(Scoring(real, children(real, [()])))

@@ -14,12 +14,14 @@ from PIL import Image
 from diffii.base.files import UserError, folder_name
 from diffii.evaluation.gallery import (
     SIDE,
+    consistency_of,
     position,
     score_names,
-    source_of,
     thumbnail,
     write_review,
 )
+from diffii.method.inversion import source_of
+from diffii.run.filters import SCORERS
 from diffii.run.folders import RunFolder
 
 ODD = '</script><script>alert(1)</script>&amp;\u2028'
@@ -122,6 +124,30 @@ def test_means_are_of_the_images_that_have_a_score(run):
     means = data_of(review(out, real))['means']
     assert means['clip'] == pytest.approx((6 * 3 * 1.0 - 0) / 17)
     assert means['classifier'] == pytest.approx((3 * 3.9 - 0.06 - 0.12 - 0.9) / 17)
+
+
+@pytest.mark.parametrize(
+    'name, values, share',
+    [
+        ('denoising', [0.1, 0.0, -0.2, None], 1 / 3),
+        ('classifier', [0.9, 0.5, 0.2, 0.6], 0.5),
+        ('lpips', [-0.1, -0.2], None),
+        ('clip', [None], None),
+    ],
+)
+def test_a_score_that_can_tell_gives_the_class_consistency(name, values, share):
+    rows = [dict(scores={name: value}) for value in values]
+    assert consistency_of(rows) == ({} if share is None else {name: share})
+
+
+def test_every_score_is_explained(run):
+    out, real = run
+    data = data_of(review(out, real))
+    assert data['meanings'] == {n: SCORERS[n].meaning for n in ('classifier', 'clip')}
+    assert data['consistency'] == {
+        'classifier': pytest.approx(11 / 17),
+        'clip': pytest.approx(12 / 17),
+    }
 
 
 def test_without_scores_there_are_none():

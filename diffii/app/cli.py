@@ -68,7 +68,7 @@ VersionOption = typer.Option(
 def top(version: Annotated[bool, VersionOption] = False):
     "Diff-II: synthetic training images by inversion circle interpolation."
 
-# %% ../../nbs/app/cli.ipynb #f0a09909
+# %% ../../nbs/app/cli.ipynb #0974207a
 def main():
     "The entry point: a user's mistake is one line and exit code 2."
     from diffii.base.files import UserError
@@ -77,6 +77,8 @@ def main():
     for stream in (sys.stdout, sys.stderr):  # a terminal may know ASCII alone
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
+    if not sys.warnoptions:  # what other packages tell the authors of programs
+        warnings.simplefilter('ignore', FutureWarning)
     warnings.formatwarning = lambda message, *a, **k: f'diffii: warning: {message}\n'
     if len(sys.argv) == 1:
         sys.argv.append('--help')

@@ -6,7 +6,8 @@
 __all__ = ['MODEL', 'SCORING', 'RunArgument', 'ByArgument', 'RealOption', 'NamesArgument', 'FileOption', 'WorstOption',
            'BelowOption', 'ByOption', 'KeepOption', 'RefillOption', 'score', 'drop']
 
-# %% ../../nbs/app/dropping.ipynb #d905e6db
+# %% ../../nbs/app/dropping.ipynb #0c34e3ae
+import shlex
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -15,7 +16,7 @@ import typer
 from .options import FIRST, read_images, takes, voice
 from ..base.settings import FilterSettings, ImageSettings, ModelSettings
 
-# %% ../../nbs/app/dropping.ipynb #ef58c44a
+# %% ../../nbs/app/dropping.ipynb #338ab8b6
 MODEL = ('model', 'device', 'dtype', 'variant')
 SCORING = ('folds', 'arch', 'steps', 'noises', 'rivals', 'clip', 'lpips', 'features')
 RunArgument = typer.Argument(help='A folder that diffii augment wrote.')
@@ -56,7 +57,7 @@ def _range(numbers):
     if not known:
         return 'no image has a score'
     low, mid, high = known[0], known[len(known) // 2], known[-1]
-    return f'{len(known)} images, {low:.3f} to {high:.3f}, half of them below {mid:.3f}'
+    return f'{len(known)} images, {low:.3g} to {high:.3g}, half of them below {mid:.3g}'
 
 # %% ../../nbs/app/dropping.ipynb #0cc7ff19
 def _real_images(folder, images):
@@ -110,7 +111,7 @@ RefillOption = typer.Option(
     rich_help_panel=FIRST,
 )
 
-# %% ../../nbs/app/dropping.ipynb #391ca2db
+# %% ../../nbs/app/dropping.ipynb #7fba8b43
 @takes(dict(model=ModelSettings), only=MODEL)
 def drop(
     given: dict,
@@ -133,18 +134,19 @@ def drop(
     some = bool(names or file)
     if keep:
         back = dropping.keep(folder, names if some else None)
-        print(f'{len(back)} images are back; {_count(folder)}')
+        verb = 'is' if len(back) == 1 else 'are'
+        print(f'{_images(back)} {verb} back; {_count(folder)}')
         return
     if some:
-        gone = dropping.drop(folder, names)
-        print(f'{len(gone)} images dropped; {_count(folder)}; undo with --keep')
+        gone = dropping.drop(folder, names, going_on=refill)
     elif scored:
-        gone = names = dropping.drop_worst(folder, by, share, below)
-        print(f'{len(gone)} images dropped; {_count(folder)}; undo with --keep')
+        gone = dropping.drop_worst(folder, by, share, below, going_on=refill)
+    if some or scored:
+        print(f'{_images(gone)} dropped; {_count(folder)}; undo with --keep')
     if refill:
         _refill(folder, names if some else None, given['model'])
 
-# %% ../../nbs/app/dropping.ipynb #3c581249
+# %% ../../nbs/app/dropping.ipynb #ca0a0ae2
 def _check_drop(names, file, worst, below, keep, refill):
     "One way at a time to say which images. Raises `UserError`."
     from diffii.base.files import require
@@ -172,6 +174,11 @@ def _share(text):
     return share
 
 
+def _images(names):
+    "How many images, in words."
+    return f'{len(names)} image{"" if len(names) == 1 else "s"}'
+
+
 def _count(folder):
     "How many images a folder has now."
     from diffii.run.folders import RunFolder, read_rows
@@ -185,4 +192,7 @@ def _refill(folder, names, given):
 
     say, progress = voice()
     done = dropping.refill(_pipe_of(folder, given), folder, names, progress)
-    say(f'{len(done)} images were replaced; {_count(folder)}')
+    verb = 'was' if len(done) == 1 else 'were'
+    say(f'{_images(done)} {verb} replaced; {_count(folder)}')
+    if done:
+        say(f'look at them: {shlex.join(["diffii", "review", str(folder)])}')

@@ -82,7 +82,7 @@ def _train(settings, given):
         say(f'note: {note}')
     say(f'see {about.out}/report.html; the better classifier is {about.out}/classifier')
 
-# %% ../../nbs/app/training.ipynb #5fafdf56
+# %% ../../nbs/app/training.ipynb #c987b1d1
 ClassifierArgument = typer.Argument(help='A folder that diffii train wrote.')
 AskedArgument = typer.Argument(
     metavar='IMAGES...', help='Folders, searched to the bottom, and image files.'
@@ -108,7 +108,7 @@ def predict(
     device: Annotated[Optional[str], DeviceOption] = None,
 ):
     "The category of every image, with its probability."
-    from diffii.base.files import atomic, require
+    from diffii.base.files import atomic, remove_unfinished, require
     from diffii.base.images import loose_images
     from diffii.evaluation.classifier_files import load_classifier, prediction_text
     from diffii.evaluation.classifier_files import predictions
@@ -122,6 +122,7 @@ def predict(
     if to is None:
         print(text, end='')
         return
+    remove_unfinished(to)
     with atomic(to) as unfinished:
         unfinished.write_text(text, encoding='utf-8')
     print(f'{len(found)} images: {to}')

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SEAL', 'AGAIN', 'IMAGES', 'OWN_FILES', 'UserError', 'DamagedFile', 'require', 'shown_error', 'atomic', 'write_json',
-           'read_json', 'save_png', 'tensors_digest', 'save_tensors', 'load_tensors', 'sort_notes', 'file_digest',
-           'optimizer_tensors', 'load_optimizer_tensors', 'folder_name']
+           'read_json', 'save_png', 'remove_unfinished', 'tensors_digest', 'save_tensors', 'load_tensors', 'sort_notes',
+           'file_digest', 'optimizer_tensors', 'load_optimizer_tensors', 'folder_name']
 
-# %% ../../nbs/base/files.ipynb #cf49013a
+# %% ../../nbs/base/files.ipynb #419b2c75
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -97,6 +98,19 @@ def save_png(path, image):
     "Write a Pillow image as PNG, whole or not at all."
     with atomic(path) as tmp:
         image.save(tmp, format='PNG')
+
+# %% ../../nbs/base/files.ipynb #8759eb9a
+def remove_unfinished(
+    path,  # a file, or a folder; no other process writes there
+):
+    "Remove what killed processes left of a file, or of all files below a folder."
+    path = Path(path)
+    if path.is_dir():
+        found = path.rglob('.*.tmp')
+    else:
+        found = path.parent.glob(f'.{glob.escape(path.name)}.*.tmp')
+    for file in list(found):
+        file.unlink(missing_ok=True)
 
 # %% ../../nbs/base/files.ipynb #6f5f7a52
 SEAL = 'seal'  # the key of a file's digest, among its notes

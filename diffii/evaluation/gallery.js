@@ -162,8 +162,8 @@ function describe(image) {
 }
 
 function scoresOf(image) {
-  const found = data.scores.map((name, i) => `${name} ${short(image.scores[i])}`)
-  return found.join(' · ')
+  if (image.scores.every(value => value === null)) return data.scores.length ? 'no score' : ''
+  return data.scores.map((name, i) => `${name} ${short(image.scores[i])}`).join(' · ')
 }
 
 function card(image) {
@@ -243,6 +243,7 @@ function count() {
   get('counts').textContent =
     `${shown.length} of ${all} images pass the filters; ${rejected.size} rejected (${percent} %)`
   get('save').disabled = !rejected.size
+  get('keep-all').disabled = !rejected.size
   if (get('summary').open) summarise()
 }
 
@@ -301,10 +302,10 @@ function table(id, title, rows, nameOf, extra = {}) {
 
 function summarise() {
   const diversity = Object.entries(data.diversity).map(([kind, found]) => [
-    `LPIPS, ${kind}`, key => found.each[data.classes[key]],
+    `diversity, ${kind}`, key => found.each[data.classes[key]],
   ])
   const real = key => data.real.filter(r => r.label === key && !r.view).length
-  const extra = { real, ...Object.fromEntries(diversity) }
+  const extra = { 'real images': real, ...Object.fromEntries(diversity) }
   const categories = groups(image => [image.label])
   table('by-category', 'category', categories, key => [data.classes[key]], extra)
   const suffixes = groups(image => image.suffix === null ? [] : [image.suffix])
@@ -338,7 +339,7 @@ function save() {
 }
 
 async function load(file) {
-  const wanted = new Set((await file.text()).split('\n'))
+  const wanted = new Set((await file.text()).split(/\r?\n/))
   for (const image of data.images) if (wanted.has(image.name)) rejected.add(image)
   remember()
   refresh()
@@ -415,7 +416,7 @@ function choices() {
   options(get('category'), [['', 'all'], ...numbered(data.classes)])
   options(get('suffix'), [['', 'all'], ...numbered(data.suffixes)])
   options(get('score'), numbered(data.scores))
-  const orders = data.scores.map((name, i) => [`score ${i}`, name])
+  const orders = data.scores.map((name, i) => [`score ${i}`, `${name} score`])
   options(get('order'), [
     ['number', 'as made'], ...orders, ['position', 'position on the circle'],
     ['alpha', 'angle between the parents'], ['strength', 'strength'],

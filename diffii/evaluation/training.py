@@ -8,7 +8,7 @@ __all__ = ['RECORD', 'SMALL', 'OWN_WEIGHTS', 'Comparison', 'fold_numbers', 'with
            'read_results', 'summarise', 'changed_images', 'keep_first', 'keep_better', 'about_comparison', 'alone',
            'train_missing', 'compare_training']
 
-# %% ../../nbs/evaluation/training.ipynb #49876183
+# %% ../../nbs/evaluation/training.ipynb #c13206c3
 import contextlib
 import hashlib
 import json
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from ..base.files import UserError, require, write_json
+from ..base.files import UserError, remove_unfinished, require, write_json
 from ..base.images import ImageSet
 from ..base.processes import reporter
 from ..base.records import RESTORE, read_record, write_record
@@ -72,7 +72,7 @@ class Comparison:
         "Where what one classifier reached is kept."
         return self.out / 'cells' / f'{kind}--{seed}--{fold}.json'
 
-# %% ../../nbs/evaluation/training.ipynb #f90b8ed8
+# %% ../../nbs/evaluation/training.ipynb #a9477de1
 def fold_numbers(
     images: ImageSet,
     folds: int,  # parts
@@ -96,12 +96,12 @@ def without_sources(
     names: set,  # of real images
 ):  # -> `SyntheticSet`
     "The synthetic images that were made from none of these images."
-    from diffii.method.inversion import image_of
+    from diffii.method.inversion import source_of
 
     kept = [
         i
         for i, row in enumerate(synthetic.rows)
-        if not names & {image_of(name) for name in row['sources']}
+        if not names & {source_of(name, names)[0] for name in row['sources']}
     ]
     return synthetic.subset(kept)
 
@@ -124,7 +124,7 @@ def jobs(self: Comparison) -> list:  # of (kind, seed, fold)
     folds = range(self.n_folds)
     return [(kind, s, f) for s in self.seeds for f in folds for kind in KINDS]
 
-# %% ../../nbs/evaluation/training.ipynb #15b16209
+# %% ../../nbs/evaluation/training.ipynb #f0719677
 def check_comparison(c: Comparison):
     "Raise `UserError` for what cannot be compared."
     classes, about = tuple(c.images.classes), f'--synthetic {c.synthetic.folder}'
@@ -142,7 +142,7 @@ def check_comparison(c: Comparison):
 
 def _check_held_out(c):
     "Images can be held out, and the sources of the synthetic ones are among them."
-    from diffii.method.inversion import image_of
+    from diffii.method.inversion import source_of
 
     rarest = c.images.classes[int(c.images.counts.argmin())]
     require(
@@ -152,7 +152,8 @@ def _check_held_out(c):
     )
     position = {name: i for i, name in enumerate(c.images.names)}
     made_from = RunFolder(c.synthetic.folder).about()['images']
-    used = {image_of(n) for row in c.synthetic.rows for n in row['sources']}
+    rows = c.synthetic.rows
+    used = {source_of(name, position)[0] for row in rows for name in row['sources']}
     for name in sorted(used):
         known = name in position
         require(
@@ -463,7 +464,7 @@ def keep_better(c: Comparison, kind: str):
     result = train_classifier(*of_kind, seed=c.seeds[0], progress=report)
     save_classifier(result, folder, **about)
 
-# %% ../../nbs/evaluation/training.ipynb #762a978a
+# %% ../../nbs/evaluation/training.ipynb #c9d816b3
 def about_comparison(c: Comparison) -> dict:
     "What decides the numbers, as it can stand in JSON."
     places = ('device', 'cache_gb', 'n_workers')
@@ -491,6 +492,7 @@ def alone(out):
 
     try:
         with FileLock(Path(out) / '.lock', timeout=0):
+            remove_unfinished(out)
             yield
     except Timeout as e:
         text = (

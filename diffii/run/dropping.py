@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['known_names', 'read_names', 'drop', 'keep', 'refill', 'score', 'drop_worst']
 
-# %% ../../nbs/run/dropping.ipynb #8c270d3b
+# %% ../../nbs/run/dropping.ipynb #6de4a277
+import shlex
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..base.pipeline import Pipeline
 from ..base.records import short
 from ..base.settings import FilterSettings
 from ..method.synthesis import another_row, number_batches
-from .filters import Scoring, score_folder, worst_names
+from .filters import SCORERS, Scoring, score_folder, worst_names
 from .folders import RunFolder, held, read_rows
 from .pools import load_pool
 from .review import load_concepts, made_with
@@ -28,7 +29,7 @@ from diffii.run.runs import (
     write_metadata,
 )
 
-# %% ../../nbs/run/dropping.ipynb #a90b0471
+# %% ../../nbs/run/dropping.ipynb #f7c973b0
 def known_names(
     folder: RunFolder,
     names: list,
@@ -54,26 +55,29 @@ def read_names(
 ) -> list:
     "The names in a file. Raises `UserError` for a file that cannot be read."
     try:
-        lines = Path(file).read_text(encoding='utf-8-sig').splitlines()
+        lines = Path(file).read_text(encoding='utf-8-sig').split('\n')
     except (OSError, UnicodeDecodeError) as e:
         why = getattr(e, 'strerror', None) or 'not UTF-8 text'
         raise UserError(f'--file {file}: cannot be read ({why}); check the path') from e
     return [line.strip() for line in lines if line.strip()]
 
-# %% ../../nbs/run/dropping.ipynb #c7ff2d36
+# %% ../../nbs/run/dropping.ipynb #df850c1c
 def drop(
     out,  # an output folder
     names: list,  # of images
     reason: str = 'by hand',
+    going_on: bool = False,  # leave alone what an unfinished refill is to replace
 ) -> list:  # those that were not dropped before
     "Leave images out. Raises `UserError` for a name that is of no image of the folder."
     folder = RunFolder(out)
     folder.about()
     names = known_names(folder, names)
     with held(folder):
-        before = folder.chosen()['dropped']
-        new = {name: reason for name in names if name not in before}
-        folder.choose(dropped=before | new)
+        before, busy = folder.chosen()['dropped'], folder.refilling()
+        spared = {*before, *(busy if going_on else ())}
+        new = {name: reason for name in names if name not in spared}
+        busy = [name for name in busy if name not in new]
+        folder.choose(dropped=before | new, refilling=busy)
         write_metadata(folder)
     return list(new)
 
@@ -93,7 +97,7 @@ def keep(
         write_metadata(folder)
     return back
 
-# %% ../../nbs/run/dropping.ipynb #7724d283
+# %% ../../nbs/run/dropping.ipynb #02523c43
 def refill(
     pipe: Pipeline,  # the model that the folder was made with
     out,  # an output folder
@@ -112,6 +116,7 @@ def refill(
             make_missing(pipe, folder, concepts, pool, progress)
         finally:
             write_metadata(folder)
+        folder.choose(refilling=[])
         names = {row['file_name'] for row in folder.all_rows()}
         folder.digests.settle(names)  # the notes of the images before go
     return done
@@ -122,9 +127,9 @@ def _pool(folder, about):
     sources = any(row['sources'] for row in read_rows(folder.plan))
     return load_pool(folder.pool, about['classes']) if sources else None
 
-# %% ../../nbs/run/dropping.ipynb #0508ac95
+# %% ../../nbs/run/dropping.ipynb #8a84b966
 def _plan_refills(folder, pool, names, batch_size):
-    "Write down rows for dropped images; returns the names of these."
+    "Write down rows for dropped images; returns all that are to be replaced."
     chosen, planner = folder.chosen(), planner_of(folder, pool)
     gone = {k: v for k, v in chosen['dropped'].items() if names is None or k in names}
     last = [row for row in folder.last_rows() if row['file_name'] in gone]
@@ -135,8 +140,10 @@ def _plan_refills(folder, pool, names, batch_size):
     taken = [row['batch'] for row in folder.planned_rows()]
     number_batches(rows, batch_size, first=max(taken, default=-1) + 1)
     left = {k: v for k, v in chosen['dropped'].items() if k not in gone}
-    folder.choose(dropped=left, refilled=chosen['refilled'] + rows)
-    return list(gone)
+    busy = list(dict.fromkeys([*folder.refilling(), *gone]))
+    planned = chosen['refilled'] + rows
+    folder.choose(dropped=left, refilled=planned, refilling=busy)
+    return busy
 
 # %% ../../nbs/run/dropping.ipynb #a3d7104f
 def score(
@@ -167,29 +174,42 @@ def score(
         write_metadata(folder)
     return found
 
-# %% ../../nbs/run/dropping.ipynb #9a1dc3c7
+# %% ../../nbs/run/dropping.ipynb #7336147c
 def drop_worst(
     out,  # an output folder
     by: str | None = None,  # which score; by default the only one that there is
     share: float = 0.1,  # of each category's images
     below: float | None = None,  # a threshold, instead of the share
+    going_on: bool = False,  # leave alone what an unfinished refill is to replace
 ) -> list:  # names of the images that were not dropped before
     "Leave out the images with the lowest scores. Raises `UserError` where none are."
     folder = RunFolder(out)
     folder.about()
-    kept = folder.image_scores()
-    there = ', '.join(kept) or 'none'
-    by = by or (next(iter(kept)) if len(kept) == 1 else None)
-    first = f'run first: diffii score {out} {by or "NAME"}'
-    require(by in kept, f'--by {by or "NAME"}: scores in {out}: {there}; {first}')
-    own = kept[by]['scores']
+    by, own = _scores_by(folder, by)
+    spared = folder.refilling() if going_on else ()
     new = [
         r
         for r in folder.final_rows()
         if own.get(r['file_name'], [None])[0] != r['attempt']
+        and r['file_name'] not in spared
     ]
-    require(not new, f'--by {by}: {len(new)} images have no score; {first}')
+    first = shlex.join(['diffii', 'score', str(out), by])
+    require(not new, f'--by {by}: {len(new)} images have no score; run first: {first}')
     scores = {name: number for name, (_, number) in own.items()}
     gone = worst_names(folder, scores, share, below)
     what = f'below {below:g}' if below is not None else f'worst {share:.0%}'
-    return drop(out, gone, f'{what} by {by}')
+    return drop(out, gone, f'{what} by {by}', going_on)
+
+
+def _scores_by(folder, by):  # -> (the name of the score, what it says)
+    "The score that is asked for, or the only one. Raises `UserError`."
+    kept = folder.image_scores()
+    first = shlex.join(['diffii', 'score', str(folder.path), by or 'lpips'])
+    require(kept, f'{folder.path}: its images have no scores; run first: {first}')
+    there = ' or '.join(f'--by {name}' for name in kept)
+    require(by or len(kept) == 1, f'--by: which score? {there}')
+    by = by or next(iter(kept))
+    require(by in SCORERS, f'--by {by}: no score; give {there}')
+    text = f'--by {by}: {folder.path} has no such scores; give {there}, or run first:'
+    require(by in kept, f'{text} {first}')
+    return by, kept[by]['scores']

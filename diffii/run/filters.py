@@ -7,7 +7,7 @@ __all__ = ['SCORERS', 'Scoring', 'folds_of', 'classifier_scores', 'targets_of', 
            'distances', 'lpips_scores', 'features_scores', 'clip_scores', 'Scorer', 'scores_of', 'worst',
            'score_folder', 'worst_names', 'filter_folder', 'check_filter', 'nearest', 'drop_candidates']
 
-# %% ../../nbs/run/filters.ipynb #b13e2371
+# %% ../../nbs/run/filters.ipynb #76d56f50
 from ..base.backbones import build_model, square
 from ..base.batches import one_hot
 from ..base.embeddings import clip_vectors, named_clip, run_network
@@ -23,7 +23,7 @@ from ..base.settings import ClassifierSettings, FilterSettings, SamplingSettings
 from ..method.classifier import train_classifier
 from ..method.concepts import Concepts
 from ..method.diffusion import noised
-from ..method.inversion import image_of
+from ..method.inversion import source_of
 from .folders import DROPPED, RunFolder
 
 import json
@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-# %% ../../nbs/run/filters.ipynb #9f255f39
+# %% ../../nbs/run/filters.ipynb #8a872518
 @dataclass
 class Scoring:
     "What a scorer may look at."
@@ -56,7 +56,8 @@ class Scoring:
         "The real images that each synthetic image was made from."
         places = {name: i for i, name in enumerate(self.real.names)}
         rows = getattr(self.made, 'rows', None) or [dict(sources=())] * len(self.made)
-        return [tuple(places[image_of(s)] for s in row['sources']) for row in rows]
+        image = lambda source: places[source_of(source, places)[0]]
+        return [tuple(map(image, row['sources'])) for row in rows]
 
 # %% ../../nbs/run/filters.ipynb #da595714
 def folds_of(

@@ -21,7 +21,7 @@ from .guides import open_guide
 from .pools import load_pool
 from .runs import by_batch
 
-# %% ../../nbs/run/review.ipynb #79af2105
+# %% ../../nbs/run/review.ipynb #6dd8a5b3
 def status(
     path,  # an output folder
     verify: bool = False,  # read every file and compare its SHA-256, not its size alone
@@ -32,6 +32,8 @@ def status(
     missing = [row for row in rows if not folder.file(row).is_file()]
     damaged = damaged_files(folder, rows, verify)
     inverted = len(list(folder.pool.glob('*.safetensors')))
+    later = {row['file_name'] for row in folder.chosen()['refilled']}
+    first = [row for row in rows if row['file_name'] not in later]
     return dict(
         method=about['sampling']['method'],
         model=about['model'],
@@ -41,9 +43,10 @@ def status(
         done=len(rows) - len(missing) - sum(r['file_name'] in damaged for r in rows),
         missing=dict(Counter(row['label'] for row in missing)) if rows else None,
         damaged=damaged,
-        redrawn=sum(row['attempt'] > 0 for row in rows),
+        redrawn=sum(row['attempt'] > 0 for row in first),
+        refilled=len(rows) - len(first),
         dropped=len(folder.chosen()['dropped']),
-        per_minute=per_minute(rows, folder),
+        per_minute=per_minute(first, folder),
     )
 
 # %% ../../nbs/run/review.ipynb #9cbd1a0f
