@@ -32,7 +32,7 @@ def test_the_table_of_a_finished_experiment_follows_from_its_cells(folder):
     kept = read_json(folder / 'table.json')
     assert len(table) == len(kept)
     assert table.accuracy.tolist() == pytest.approx([line['accuracy'] for line in kept])
-    made = f'version {record.get("version", 1)} of the model tiny by diffii 0.1.0'
+    made = f'version {record.get("version", 1)} of the model tiny by diffii 0.1.0, protocol 1'
     assert made in notes(cells, record)[0]
     assert summary_lines(folder)
 

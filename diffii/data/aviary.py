@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'PARTS', 'FAMILY', 'BASE', 'UNSEEN', 'VALIDATION', 'WATERBIRDS', 'PHRASES', 'POSES', 'AT_WATER', 'CONTEXTS',
-           'SIZE', 'OVERSAMPLING', 'Species', 'species', 'Context', 'draw_bird', 'bird_words', 'bird_caption',
-           'draw_birds', 'aviary_set', 'habitat_contexts', 'waterbirds_twin']
+           'SIZE', 'OVERSAMPLING', 'Species', 'species', 'fresh_species', 'Context', 'draw_bird', 'bird_words',
+           'bird_caption', 'draw_birds', 'aviary_set', 'habitat_contexts', 'waterbirds_twin']
 
-# %% ../../nbs/data/aviary.ipynb #b3c23d16
+# %% ../../nbs/data/aviary.ipynb #ef945df8
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -90,6 +91,42 @@ UNSEEN = range(1200, 1212)  # never seen by it: results are reported on these
 VALIDATION = range(2400, 2412)  # never seen either: settings are chosen on these
 
 WATERBIRDS = range(1230, 1242)  # never seen: six of the land and six of the water
+
+# %% ../../nbs/data/aviary.ipynb #18f48c96
+_FAMILIES = dict(  # purpose: families, of which a trial takes four
+    reported=range(2000, 2200),
+    shifted=range(2200, 2400),  # for the twin of Waterbirds, two of each habitat
+    tuning=range(2400, 2600),  # settings are chosen on these
+    shifted_tuning=range(2600, 2800),
+)
+
+# families of these with a recipe that comes before, or twice
+_REPEATED = (2001, 2019, 2060, 2111, 2137, 2174, 2198, 2200, 2243, 2359, 2362, 2407)
+_REPEATED += (2454, 2478, 2509, 2517, 2527, 2537, 2544, 2560, 2573, 2611, 2614, 2651)
+_REPEATED += (2683, 2685, 2710, 2713, 2721, 2742, 2764)
+
+
+@lru_cache(maxsize=1000)
+def _habitat(family):
+    return species(FAMILY * family).habitat
+
+
+def fresh_species(
+    trial: int,  # 0 or more
+    purpose: str = 'reported',  # or 'shifted', 'tuning', 'shifted_tuning'
+) -> list:  # of twelve species numbers
+    "The species of a trial, which no other trial and no other purpose has."
+    families = [f for f in _FAMILIES[purpose] if f not in _REPEATED]
+    if purpose.startswith('shifted'):
+        homes = (
+            [f for f in families if _habitat(f) == home] for home in ('land', 'water')
+        )
+        own = [f for home in homes for f in home[2 * trial : 2 * trial + 2]]
+    else:
+        own = families[4 * trial : 4 * trial + 4]
+    most = f'trial {trial}: no dozen of species is left for it'
+    require(0 <= trial and len(own) == 4, f'{most}; give --seed 0 and fewer --trials')
+    return [FAMILY * family + sister for family in own for sister in range(FAMILY)]
 
 # %% ../../nbs/data/aviary.ipynb #a95768e6
 PHRASES = dict(

@@ -268,21 +268,26 @@ def digit_caption(
     suffix = str(rng.choice(suffixes)) if rng.random() < p_suffix else ''
     return ' '.join(['a photo of a', *kept, 'digit', suffix]).strip()
 
-# %% ../../nbs/data/digits.ipynb #a3e7b885
+# %% ../../nbs/data/digits.ipynb #aeb871f0
 PARTS = ('pool', 'validation', 'test')
 
 
 def digits_set(
-    part: str = 'pool',  # pool (to sample training images from), validation or test
+    # pool (to sample training images from), validation or test; or base, which is the
+    # model's half with its labels, for oracle classifiers
+    part: str = 'pool',
 ) -> ImageSet:  # 10 categories, metaclass digit
-    "A third of the held-out digits, which the shipped model never saw."
-    require(part in PARTS, f'part {part!r}: one of {", ".join(PARTS)}')
-    held_out = load_halves()['held_out']
-    own = np.arange(len(held_out['labels']))[PARTS.index(part) :: 3]
+    "A third of the held-out digits, which the shipped model never saw, or the base half."
+    known = (*PARTS, 'base')
+    require(part in known, f'part {part!r}: one of {", ".join(known)}')
+    half = load_halves()['base' if part == 'base' else 'held_out']
+    own = np.arange(len(half['labels']))
+    if part != 'base':
+        own = own[PARTS.index(part) :: 3]
     return ImageSet(
-        tuple(digit_image(held_out['images'][i]) for i in own),
-        tuple(int(held_out['labels'][i]) for i in own),
+        tuple(digit_image(half['images'][i]) for i in own),
+        tuple(int(half['labels'][i]) for i in own),
         tuple('0123456789'),
         'digit',
-        tuple(f'digit_{held_out["index"][i]:04d}' for i in own),
+        tuple(f'digit_{half["index"][i]:04d}' for i in own),
     )

@@ -18,7 +18,7 @@ from ..base.images import ImageSet, split
 from ..base.seeds import seed_of
 from ..method.classifier import Scores, TrainingStream
 
-# %% ../../nbs/evaluation/long_tail.ipynb #41f767fa
+# %% ../../nbs/evaluation/long_tail.ipynb #fd382768
 def _by_size(counts):
     "Positions of the categories, largest first; equal ones in their order."
     return np.argsort(-np.asarray(counts), kind='stable')
@@ -47,6 +47,7 @@ def long_tail(
     imbalance: float,  # imbalance factor, 1 or more
     seed: int = 0,  # another seed, other images
     keep: float | None = None,  # images of the largest category; by default the mean
+    rotate: bool = False,  # the seed decides which categories are rare, not their size
 ) -> tuple:  # (the long-tailed set, the rest)
     """Sample a long-tailed set by the profile of `long_tail_counts`. By the same seed a
     steeper tail keeps a part of what a flatter one keeps. A category without images
@@ -57,7 +58,13 @@ def long_tail(
         f'long tail: no images of {", ".join(empty[:3])}; add some or leave the '
         'category out',
     )
-    return split(images, long_tail_counts(images.counts, imbalance, keep), seed)
+    counts = images.counts
+    if not rotate:
+        return split(images, long_tail_counts(counts, imbalance, keep), seed)
+    keep = counts.mean() if keep is None else keep
+    profile = long_tail_counts(np.full(len(counts), counts.max()), imbalance, keep)
+    order = np.random.default_rng(seed_of('rare', seed)).permutation(len(counts))
+    return split(images, np.minimum(profile[order], counts), seed)
 
 # %% ../../nbs/evaluation/long_tail.ipynb #57ab6454
 def shot_groups(

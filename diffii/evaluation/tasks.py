@@ -8,7 +8,7 @@ __all__ = ['ORDINARY', 'FEW_SHOT', 'LONG_TAILED', 'SWEEPS', 'WHOLE', 'PLAIN', 'P
            'published_contexts', 'few_shot_condition', 'long_tail_condition', 'shifted_condition', 'conditions',
            'configurations', 'open_data_set', 'folder_data', 'paper_data']
 
-# %% ../../nbs/evaluation/tasks.ipynb #d7565120
+# %% ../../nbs/evaluation/tasks.ipynb #c3a3bf9e
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 from ..base.files import require
 from ..base.methods import get_method
 from ..base.settings import FAST, DataSettings, TrialSettings
-from ..data.sets import DataSet, shipped_set
+from ..data.sets import DataSet, deal, shipped_set
 
 # %% ../../nbs/evaluation/tasks.ipynb #25b6dc61
 @dataclass(frozen=True)
@@ -187,14 +187,14 @@ def published_contexts(data: DataSet, **of) -> list | None:
     lists = DATASETS[data.name].suffix_lists(**of)
     return read_suffixes([s for name in lists for s in published_suffixes(name)])
 
-# %% ../../nbs/evaluation/tasks.ipynb #5e15d8e4
+# %% ../../nbs/evaluation/tasks.ipynb #4d4f3e91
 def few_shot_condition(data: DataSet, shots: int, configurations: list, seed: int):
     "So many images of each category; tested on the test set, or on what is left."
-    from diffii.base.images import few_shot
 
     def sample(trial):
-        few, rest = few_shot(data.pool, shots, seed + trial)
-        return few, (data.test if data.test is not None else rest)
+        own = data.of_trial(seed + trial)
+        few, rest = deal(own.pool, shots, seed + trial)
+        return few, (own.test if own.test is not None else rest)
 
     return Condition(
         f'{shots}-shot',
@@ -205,18 +205,19 @@ def few_shot_condition(data: DataSet, shots: int, configurations: list, seed: in
         suffixes=published_contexts(data, shots=shots),
     )
 
-# %% ../../nbs/evaluation/tasks.ipynb #62c34bff
+# %% ../../nbs/evaluation/tasks.ipynb #d3aac98b
 def long_tail_condition(
     data: DataSet, imbalance: float, configurations: list, seed: int
 ):
     "A long-tailed sample; the concepts are learned evenly, and the suffix stays on."
     from diffii.evaluation.long_tail import long_tail
 
-    pool = data.tail() if data.tail else data.pool
-    pool, test = pool if isinstance(pool, tuple) else (pool, data.test)
-
     def sample(trial):
-        train, rest = long_tail(pool, imbalance, seed + trial)
+        number = seed + trial
+        own = data.of_trial(number)
+        pool = own.tail() if own.tail else own.pool
+        pool, test = pool if isinstance(pool, tuple) else (pool, own.test)
+        train, rest = long_tail(pool, imbalance, number, rotate=own.rotates)
         return train, (test if test is not None else rest)
 
     return Condition(
@@ -331,10 +332,10 @@ def folder_data(folder: str, settings: DataSettings) -> DataSet:
         flip=True,
     )
 
-# %% ../../nbs/evaluation/tasks.ipynb #97203600
+# %% ../../nbs/evaluation/tasks.ipynb #00281ad0
 def paper_data(name: str, root: str | None) -> DataSet:
     "One of `DATASETS`, from the folder that holds it."
-    from diffii.base.images import few_shot, halve
+    from diffii.base.images import halve
     from diffii.data.paper_sets import DATASETS, paper_dataset
     from diffii.run.contexts import GENERAL, choose_suffixes
 
@@ -347,10 +348,9 @@ def paper_data(name: str, root: str | None) -> DataSet:
     shifted = tail = None
     if name == 'cub' and (Path(root) / DATASETS['waterbirds'].folder).is_dir():
 
-        def shifted(shots, seed):
-            return few_shot(pool, shots, seed)[0], paper_dataset(
-                'waterbirds', root, 'test'
-            )
+        def shifted(shots, trial):
+            test = paper_dataset('waterbirds', root, 'test')
+            return deal(pool, shots, trial)[0], test
 
     if name == 'flower':
 

@@ -90,7 +90,7 @@ def verdict_table(family: list):  # of `Comparison` with verdicts -> pandas tabl
     table = pd.DataFrame(lines)
     return table.set_index(['condition', 'configuration']) if lines else table
 
-# %% ../../nbs/evaluation/verdicts.ipynb #8d615b0d
+# %% ../../nbs/evaluation/verdicts.ipynb #87396511
 def notes(cells: list, record: dict) -> list:  # of lines
     "With which code and model an experiment was made, and by which oracle classifier."
     model, trials = model_of(record), {cell['trial'] for cell in cells}
@@ -99,7 +99,8 @@ def notes(cells: list, record: dict) -> list:  # of lines
     code = f'diffii {record.get("diffii", "0.1.0")}'
     each = max(len(cell.get('classifiers', [None])) for cell in cells)
     how = f'{len(trials)} trials, {each} classifier{"s" * (each > 1)} each'
-    lines = [f'made with {which} by {code}: {how}']
+    protocol = f'protocol {record.get("protocol", 1)}'
+    lines = [f'made with {which} by {code}, {protocol}: {how}']
     if made != ships:
         lines[0] += f'; version {ships} ships now'
     oracles = [cell['oracle'] for cell in cells if cell.get('oracle')]
