@@ -115,7 +115,7 @@ def test_even_gives_all_categories_the_same_share_of_synthetic_images(few, other
     rare = {1: other.of_class(1)[0], 2: other.of_class(2)[0]}
     extra = other.subset([i for i, k in enumerate(other.labels) if rare.get(k, i) == i])
     stream = TrainingStream(
-        Pixels(few.subset(tail), 32), Pixels(extra, 32), 0.5, seed=1, even=True
+        Pixels(few.subset(tail), 32), Pixels(extra, 32), 0.5, seed=1, category='even'
     )
 
     chosen = [extra.labels[i] for synthetic, i in picks(stream, 3000) if synthetic]

@@ -60,7 +60,7 @@ def read_image(path) -> Image.Image:  # RGB, 8 bits, upright
         why = (str(e) or type(e).__name__).splitlines()[0]
         raise UserError(f'{path}: not a readable image ({why}); {remedy}') from e
 
-# %% ../../nbs/base/images.ipynb #f02ddd77
+# %% ../../nbs/base/images.ipynb #39824b9c
 @dataclass(frozen=True)
 class ImageSet:
     "Labelled images of one metaclass."
@@ -72,6 +72,8 @@ class ImageSet:
     # a name for each image, the same in every run; by default from the paths
     names: tuple = ()
     groups: tuple | None = None  # a group of each image, for results by group
+    # of each category words that a diffusion model can read; by default its name
+    words: tuple = ()
 
     def __post_init__(self):
         if not self.names:

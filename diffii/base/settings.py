@@ -703,7 +703,7 @@ class SomeGiven:
         whole = {f.name: f.type for f in fields(cls) if isinstance(f.type, type)}
         return cls(**given | {k: kind(**given[k]) for k, kind in whole.items()})
 
-# %% ../../nbs/base/settings.ipynb #992fc1d2
+# %% ../../nbs/base/settings.ipynb #32e5918d
 AUGMENTS = ('none', 'trivial', 'rand', 'cutmix', 'mixup')
 
 
@@ -721,8 +721,10 @@ class ClassifierSettings(Group):
     pretrained: bool = setting(False)
     # probability that a synthetic image stands in for a real one
     replacement_probability: float = setting(0.5, option='replacement', least=0, most=1)
-    # a synthetic image is of any category, each as likely, not of the real image's
-    even: bool = setting(False)
+    # the category of a synthetic image that stands in for a real one: own (the real
+    # image's), even (any, each as likely), or inverse (any, one of n real images as likely
+    # as 1/(n+1), as in the authors' code for long tails)
+    category: str = setting('own', choices=('own', 'even', 'inverse'))
     # ordinary augmentation of all images, real and synthetic: none, TrivialAugment,
     # RandAugment, CutMix or MixUp
     augment: str = setting('none', choices=AUGMENTS)

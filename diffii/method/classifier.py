@@ -21,7 +21,7 @@ from ..base.processes import processes, step_reporter
 from ..base.seeds import seed_device, seed_of, seeded
 from ..base.settings import ClassifierSettings
 
-# %% ../../nbs/method/classifier.ipynb #f422296e
+# %% ../../nbs/method/classifier.ipynb #56a8fdc5
 @dataclass
 class TrainingStream:
     "Training examples: item `j` is a uint8 image and its target vector."
@@ -31,7 +31,7 @@ class TrainingStream:
     probability: float = 0.5  # that a synthetic image stands in for a real one
     seed: int = 0
     length: int = 64  # examples of an epoch, of all processes together
-    even: bool = False  # the synthetic image is of any category, each as likely
+    category: str = 'own'  # of the synthetic image, see `ClassifierSettings`
     rank: int = 0  # this process has every `n_processes`-th example, from `rank` on
     n_processes: int = 1
 
@@ -46,7 +46,7 @@ class TrainingStream:
     def __len__(self):
         return self.length // self.n_processes
 
-# %% ../../nbs/method/classifier.ipynb #ed53cddc
+# %% ../../nbs/method/classifier.ipynb #f325ac7f
 @patch
 def _read_synthetic(self: TrainingStream):
     "The targets of the synthetic images, and which of them can stand in for a category."
@@ -59,11 +59,13 @@ def _read_synthetic(self: TrainingStream):
         shape == wanted, f'synthetic set: targets have shape {shape}; give {wanted}'
     )
     source = getattr(images, 'source_labels', images.labels)
-    source = np.asarray(images.labels if self.even else source)
+    source = np.asarray(source if self.category == 'own' else images.labels)
     self.by_class = [np.flatnonzero(source == k) for k in range(K)]
     self.present = [k for k in range(K) if len(self.by_class[k])]
+    weights = 1 / (1 + np.bincount(self.labels, minlength=K)[self.present])
+    self.weights = weights / weights.sum()  # of `inverse`
 
-# %% ../../nbs/method/classifier.ipynb #f548f701
+# %% ../../nbs/method/classifier.ipynb #fa88b435
 @patch
 def order(self: TrainingStream, p: int) -> np.ndarray:  # positions of the real images
     "The order of the real images in pass `p`."
@@ -84,8 +86,10 @@ def pick(self: TrainingStream, j: int) -> tuple:  # (is it synthetic?, position)
     rng = np.random.default_rng(seed_of(self.seed, 'draw', n))
     replaced = rng.random() < self.probability
     category = self.labels[i]
-    if self.even:
+    if self.category == 'even':
         category = self.present[rng.integers(len(self.present))]
+    if self.category == 'inverse':
+        category = rng.choice(self.present, p=self.weights)
     candidates = self.by_class[category]
     if replaced and len(candidates):
         return True, candidates[rng.integers(len(candidates))]
@@ -174,7 +178,7 @@ def _keep_best():
 
     return KeepBest(monitor='valid_accuracy')
 
-# %% ../../nbs/method/classifier.ipynb #0cbbe608
+# %% ../../nbs/method/classifier.ipynb #78bfe1a2
 def _training_loader(train, synthetic, settings, views, seed, length):
     "A loader of the training stream, of this process's share of each batch."
     ps = processes()
@@ -194,7 +198,7 @@ def _training_loader(train, synthetic, settings, views, seed, length):
         settings.replacement_probability,
         seed,
         length,
-        settings.even,
+        settings.category,
         ps.process_index,
         n,
     )

@@ -94,7 +94,7 @@ class ExtraEmbeddings(nn.Module):
         new = self.extra[(ids - size).clamp(min=0)].to(old.dtype)
         return torch.where((ids >= size)[..., None], new, old)
 
-# %% ../../nbs/method/concepts.ipynb #b52ffffb
+# %% ../../nbs/method/concepts.ipynb #40b0d1d6
 @dataclass
 class Concepts:
     "Learned categories of one model."
@@ -107,6 +107,7 @@ class Concepts:
     lora: dict  # peft's state dict of the U-Net's LoRA, float32; empty without one
     log: list = field(default_factory=list)  # loss of every step
     folder: Path | None = field(default=None, compare=False)  # where they were saved
+    words: tuple = ()  # of named categories: what the prompt says instead of the name
 
     @property
     def n_tokens(self) -> int:
@@ -118,7 +119,7 @@ class Concepts:
 
     def prompt(self, k: int, suffix: str = '') -> str:
         "The prompt of category `k`: plain, or with a context suffix behind it."
-        name = clean_text(self.classes[k].replace('_', ' '))
+        name = clean_text((self.words or self.classes)[k].replace('_', ' '))
         return prompt_of(self.placeholders(k) or [name], self.metaclass, suffix)
 
     def digest(self) -> str:
@@ -127,11 +128,12 @@ class Concepts:
         data = b''.join(t.numpy().tobytes() for t in tensors)
         return hashlib.sha256(data).hexdigest()[:16]
 
-# %% ../../nbs/method/concepts.ipynb #1f4212e4
+# %% ../../nbs/method/concepts.ipynb #31f7692b
 def named_concepts(pipe: Pipeline, images: ImageSet) -> Concepts:
     "Categories that are called by their names: nothing is learned."
     none = ConceptSettings(n_tokens=0, rank=0, steps=0)
-    return Concepts(images.classes, images.metaclass, none, model_digest(pipe), [], {})
+    named = images.classes, images.metaclass, none, model_digest(pipe), [], {}
+    return Concepts(*named, words=images.words)
 
 # %% ../../nbs/method/concepts.ipynb #9472cc03
 ADAPTER = 'diffii'

@@ -237,7 +237,7 @@ STATE = '.diffii'  # folder of the run's state inside the output folder
 RECORD = f'{STATE}/run.json'
 DROPPED = 'restore it, or delete it to have the dropped images back'
 
-# %% ../../nbs/run/folders.ipynb #7546d8ca
+# %% ../../nbs/run/folders.ipynb #9d965e60
 @dataclass(kw_only=True)
 class RunRecord(Head):
     "What decides the images of a run: `run.json`."
@@ -257,6 +257,7 @@ class RunRecord(Head):
     sampling: SamplingSettings
     given: str | None = None  # digest of concepts that were learned elsewhere
     few_step: str | None = None  # digest of few-step weights
+    words: list[str] | None = None  # for categories that are called by name
     guide: GuideSettings | None = None  # of the method gif
     vae_tiling: bool = False
     tf32: bool = False

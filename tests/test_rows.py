@@ -1,0 +1,142 @@
+"Rows of the tables: contexts added, contexts from captions, categories drawn, names read."
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from diffii.base.batches import Pixels
+from diffii.base.files import UserError
+from diffii.base.images import few_shot
+from diffii.base.settings import BenchmarkSettings, ConceptSettings, TrialSettings
+from diffii.data.digits import digits_set
+from diffii.data.sets import shipped_set
+from diffii.evaluation.experiments import (
+    Experiment,
+    _scores,
+    classifier_settings,
+    trial_suffixes,
+)
+from diffii.evaluation.tasks import conditions, configuration
+from diffii.method.classifier import TrainingStream
+from diffii.method.concepts import Concepts
+
+
+@pytest.mark.parametrize(
+    'name, sampling, classifier, images',
+    [
+        ('random-noise + suffix', 'random-noise-suffix', {}, ''),
+        ('diff-aug + suffix', 'diff-aug-suffix', {}, ''),
+        ('diff-ii + own', 'diff-ii', dict(category='own'), 'diff-ii'),
+        (
+            'diff-mix + inverse + cutmix',
+            'diff-mix',
+            dict(category='inverse', augment='cutmix'),
+            'diff-mix',
+        ),
+    ],
+)
+def test_what_is_added_to_a_method(name, sampling, classifier, images):
+    found = configuration(name)
+    assert found.name == name
+    assert found.sampling == dict(method=sampling)
+    assert (found.classifier, found.images) == (classifier, images)
+
+
+@pytest.mark.parametrize(
+    'name', ['original + suffix', 'CE + own', 'da-fusion + suffix']
+)
+def test_what_cannot_be_added_is_named(name):
+    with pytest.raises(UserError, match='--method'):
+        configuration(name)
+
+
+def test_suffixes_of_a_method_without_two_stages_have_a_split_ratio():
+    from diffii.base.settings import SamplingSettings
+
+    for method, ratio in (('diff-aug', 0), ('diff-aug-suffix', 0.3)):
+        assert SamplingSettings(method=method).split_ratio == ratio
+
+
+def experiment(task, tmp_path, data):
+    return Experiment(task, tmp_path, data, None, BenchmarkSettings.of(), {})
+
+
+@pytest.mark.parametrize(
+    'name, category',
+    [('diff-ii', 'inverse'), ('real-gen', 'inverse'), ('diff-ii + own', 'own')],
+)
+def test_on_long_tails_every_generative_method_draws_rare_categories_more(
+    tmp_path, name, category
+):
+    data = shipped_set('digits')
+    [condition] = conditions(
+        'long-tail', data, TrialSettings(imbalance=10, methods=name)
+    )
+    e = experiment('long-tail', tmp_path, data)
+
+    found = classifier_settings(e, condition, condition.configurations[0])
+
+    assert found.category == category
+
+
+def test_a_category_of_n_images_is_drawn_with_a_weight_of_one_over_n_plus_one():
+    images = few_shot(digits_set('pool'), 9, seed=0)[0]
+    kept = [i for k in range(10) for i in images.of_class(k)[: 9 if k else 1]]
+    tail = images.subset(kept)
+    stream = TrainingStream(
+        Pixels(tail, 32),
+        Pixels(images, 32),
+        1.0,
+        seed=0,
+        length=4000,
+        category='inverse',
+    )
+
+    drawn = np.bincount([images.labels[stream.pick(j)[1]] for j in range(4000)])
+
+    expected = np.array([1 / 2] + [1 / 10] * 9)
+    assert drawn / 4000 == pytest.approx(expected / expected.sum(), abs=0.03)
+
+
+def test_a_named_category_is_prompted_by_its_words():
+    none = ConceptSettings(n_tokens=0, rank=0, steps=0)
+    named = ('species_1200',), 'bird', none, 'model', [], {}
+
+    assert '1200' in Concepts(*named).prompt(0)
+    assert (
+        Concepts(*named, words=('red crowned',)).prompt(0)
+        == 'a photo of a red crowned bird'
+    )
+
+
+def test_birds_have_words_and_keep_them_in_a_sample():
+    data = shipped_set('aviary', tuning=True)
+    [condition] = conditions('few-shot', data, TrialSettings(methods='real-gen'))
+
+    train, _ = condition.sample(0)
+
+    assert len(train.words) == len(train.classes) == 12
+    assert all('crowned' in words and 'billed' in words for words in train.words)
+
+
+def test_the_accuracy_before_shifted_backgrounds_is_the_mean_of_the_groups():
+    groups = dict(land_land=0.9, land_water=0.1)  # of however many images
+    result = SimpleNamespace(accuracy=0.8, top5=None, per_class={}, per_group=groups)
+
+    assert _scores('ood', result, None)['accuracy'] == pytest.approx(50)
+
+
+def test_contexts_can_come_from_captions_of_the_training_images(tmp_path):
+    data = shipped_set('digits')
+    trials = TrialSettings(shots=3, methods='diff-ii + captions,diff-ii')
+    [condition] = conditions('few-shot', data, trials)
+    e, train = experiment('few-shot', tmp_path, data), condition.sample(0)[0]
+    captions, usual = condition.configurations
+
+    found = trial_suffixes(e, condition, captions, 0, train)
+
+    assert trial_suffixes(e, condition, usual, 0, train) == data.suffixes
+    assert 1 <= len(found) <= 10
+    assert trial_suffixes(e, condition, captions, 0, train) == found
+    assert (tmp_path / 'work' / '3-shot--0' / 'suffixes.json').is_file()
