@@ -1,13 +1,15 @@
 "Paired tests, Holm's correction, verdicts, and pages whose comparisons are one family."
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from diffii.base.files import UserError
+from diffii.base.files import UserError, read_json
 from diffii.evaluation.statistics import (
+    COLOURS,
     Comparison,
     Paired,
     decide,
@@ -16,7 +18,8 @@ from diffii.evaluation.statistics import (
     plot_comparisons,
     verdict_of,
 )
-from diffii.evaluation.verdicts import Page, comparisons
+from diffii.evaluation.tables import table_lines
+from diffii.evaluation.verdicts import Page, comparisons, rebuild
 
 RESULTS = Path(__file__).parent.parent / 'nbs' / 'results' / 'cells'
 
@@ -136,3 +139,42 @@ def test_trials_that_only_one_has_are_not_compared():
     found = comparisons(cells, 's', 'a')
 
     assert [(c.other, c.found.trials, c.found.mean) for c in found] == [('b', 1, 1.0)]
+
+
+# tables from cells alone
+
+EXPERIMENTS = sorted({file.parent.parent for file in RESULTS.glob('*/cells/*.json')})
+
+
+@pytest.mark.parametrize('kept', EXPERIMENTS, ids=lambda folder: folder.name)
+def test_tables_plots_and_verdicts_follow_from_the_cells(tmp_path, kept):
+    out = tmp_path / kept.name
+    shutil.copytree(kept / 'cells', out / 'cells')
+    shutil.copy(kept / 'experiment.json', out)
+
+    assert rebuild(tmp_path) == [out]
+
+    lines, before = (read_json(f / 'table.json') for f in (out, kept))
+    assert {(x['setting'], x['row']): x['accuracy'] for x in lines} == {
+        (x['setting'], x['row']): pytest.approx(x['accuracy']) for x in before
+    }
+    verdicts = read_json(out / 'verdicts.json')
+    assert len(verdicts) == len(Page(kept).family)
+    assert {line['verdict'] for line in verdicts} <= set(COLOURS)
+    assert (out / 'plot.png').is_file() and (out / 'table.csv').is_file()
+
+
+def test_a_folder_without_cells_is_an_error(tmp_path):
+    with pytest.raises(UserError, match='--from .*no cells'):
+        rebuild(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sweeps_go_by_value_and_tails_from_the_steepest():
+    names = [('IF=10', 'diff-ii'), ('IF=100', 'diff-ii'), ('IF=100', 'CE')]
+    names += [('5-shot', f'expansion={n}') for n in (10, 2)] + [('5-shot', 'original')]
+
+    found = table_lines([dict(setting=setting, row=row) for setting, row in names])
+
+    assert found[:3] == [('IF=100', 'CE'), ('IF=100', 'diff-ii'), ('IF=10', 'diff-ii')]
+    assert [row for _, row in found[3:]] == ['original', 'expansion=2', 'expansion=10']

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'VersionOption', 'SMALL_MODEL', 'FolderArgument', 'VerifyOption', 'FileArgument', 'ToOption', 'WholeOption',
-           'MemoryOption', 'TaskArgument', 'DatasetOption', 'BenchmarkOut', 'top', 'main', 'augment', 'add', 'status',
-           'remake', 'demo', 'speed', 'benchmark']
+           'MemoryOption', 'TaskArgument', 'DatasetOption', 'BenchmarkOut', 'FromOption', 'top', 'main', 'augment',
+           'add', 'status', 'remake', 'demo', 'speed', 'show_rebuilt', 'benchmark']
 
 # %% ../../nbs/app/cli.ipynb #81d381c6
 import sys
@@ -316,7 +316,7 @@ def speed(
     if memory:
         print(growth_table(model).round(1).to_string(index=False))
 
-# %% ../../nbs/app/cli.ipynb #051d73eb
+# %% ../../nbs/app/cli.ipynb #7b32487e
 TaskArgument = typer.Argument(
     help='few-shot, long-tail, ood, ablation, split, expansion, guidance, forward, fast, '
     'few-step or strength.'
@@ -331,20 +331,41 @@ BenchmarkOut = typer.Option(
     'diffii-benchmark/TASK-DATASET)',
     rich_help_panel=FIRST,
 )
+FromOption = typer.Option(
+    '--from',
+    help='Run nothing: make tables, plots and verdicts anew from the cells in this folder '
+    'of an experiment, or of several.',
+    rich_help_panel=FIRST,
+)
+
+
+def show_rebuilt(folder):
+    "Rebuild what follows from cells, and print it."
+    from diffii.evaluation.verdicts import rebuild, summary_lines
+
+    for out in rebuild(folder):
+        print(f'{out}:', *summary_lines(out), '', sep='\n')
 
 
 @app.command()
 @takes(group_kinds(BenchmarkSettings))
 def benchmark(
     given: dict,
-    task: Annotated[str, TaskArgument],
+    task: Annotated[Optional[str], TaskArgument] = None,
     dataset: Annotated[str, DatasetOption] = 'digits',
     out: Annotated[Optional[Path], BenchmarkOut] = None,
     config: Annotated[Optional[Path], ConfigOption] = None,
     print_config: Annotated[bool, PrintOption] = False,
     log: Annotated[Optional[Path], LogOption] = None,
+    cells: Annotated[Optional[Path], FromOption] = None,
 ):
     "An experiment of the paper: a table with the spread over trials, and a plot."
+    if cells is not None:
+        show_rebuilt(cells)
+        return
+    from diffii.base.files import require
+
+    require(task, 'diffii benchmark: name a task, as few-shot, or give --from FOLDER')
     settings = BenchmarkSettings.of(**merged(BenchmarkSettings, config, given))
     if print_config:
         print(config_text(settings))

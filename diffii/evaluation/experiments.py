@@ -8,7 +8,7 @@ __all__ = ['PROTOCOL', 'Experiment', 'cell_settings', 'classifier_settings', 'gi
            'check_clip', 'clip_weights', 'classifier_seed', 'train_one', 'mean_scores', 'run_cell', 'check',
            'about_run', 'benchmark', 'missing_cells', 'is_done', 'run_cells', 'draw_strength_strips']
 
-# %% ../../nbs/evaluation/experiments.ipynb #a421ca2c
+# %% ../../nbs/evaluation/experiments.ipynb #a359a737
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -28,6 +28,7 @@ from .tables import RUN_AGAIN, Cell, write_tables
 from .tasks import SHIPPED, Condition, Configuration
 from .tasks import conditions as conditions_of
 from .tasks import open_data_set
+from .verdicts import write_verdicts
 from .workers import alone, shared
 from ..run.folders import claim
 
@@ -493,7 +494,7 @@ def about_run(e: Experiment, dataset: str) -> dict:
     given = dict(concepts=s.concepts, classifier=e.classifier)
     return about | dict(model=model) | given | which
 
-# %% ../../nbs/evaluation/experiments.ipynb #47c7e2d3
+# %% ../../nbs/evaluation/experiments.ipynb #ccda889a
 def benchmark(
     task: str = 'few-shot',  # one of `TASKS`
     dataset: str = 'digits',  # see `open_data_set`
@@ -520,7 +521,9 @@ def benchmark(
         return None
     run_cells(e, todo)
     arch = ClassifierSettings(**classifier).arch
-    return write_tables(e.out, task, grid_, arch)
+    table = write_tables(e.out, task, grid_, arch)
+    write_verdicts(e.out)
+    return table
 
 
 def missing_cells(

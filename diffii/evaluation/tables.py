@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['RUN_AGAIN', 'OLD_NAMES', 'MEASURES', 'PRINTED', 'BACKBONES', 'NAMES', 'LABELS', 'Cell', 'Line', 'ExperimentRecord',
            'read_cells', 'paired_gain', 'row_numbers', 'published_number', 'published_ablation', 'summarise',
-           'readable', 'halves', 'plot_table', 'plot_gains', 'plot_sweep', 'write_tables', 'finished']
+           'readable', 'halves', 'plot_table', 'plot_gains', 'plot_sweep', 'write_tables', 'known_rows', 'table_lines',
+           'published_table', 'rebuild_tables', 'finished']
 
-# %% ../../nbs/evaluation/tables.ipynb #eb7ce4ac
+# %% ../../nbs/evaluation/tables.ipynb #cf4c32bf
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +18,14 @@ import numpy as np
 
 from ..base.files import atomic, require, write_json
 from ..base.records import read_record
-from .tasks import SWEEPS
+from diffii.evaluation.tasks import (
+    FEW_SHOT,
+    LONG_TAILED,
+    SWEEPS,
+    ablation,
+    fast,
+    few_step,
+)
 
 # %% ../../nbs/evaluation/tables.ipynb #0b278f67
 @dataclass
@@ -305,15 +314,19 @@ def plot_sweep(lines, original):
     fig.tight_layout()
     return fig
 
-# %% ../../nbs/evaluation/tables.ipynb #4692dddf
+# %% ../../nbs/evaluation/tables.ipynb #07f85bf0
 def write_tables(out, task: str, conditions: list, arch: str = 'small'):  # -> table
     "Write `table.csv`, `table.json` and `plot.png` from the finished cells."
+    table = summarise(read_cells(out), conditions, arch)
+    if len(table):
+        _write(Path(out), table, task)
+    return table
+
+
+def _write(out, table, task):
+    "The files of a table."
     import matplotlib.pyplot as plt
 
-    out = Path(out)
-    table = summarise(read_cells(out), conditions, arch)
-    if not len(table):
-        return table
     with atomic(out / 'table.csv') as tmp:
         table.to_csv(tmp, index=False)
     write_json(out / 'table.json', json.loads(table.to_json(orient='records')))
@@ -321,7 +334,61 @@ def write_tables(out, task: str, conditions: list, arch: str = 'small'):  # -> t
     with atomic(out / 'plot.png') as tmp:
         fig.savefig(tmp, format='png')
     plt.close(fig)
-    return table
+
+# %% ../../nbs/evaluation/tables.ipynb #b337433a
+def known_rows(condition: str) -> list:
+    "Configurations of the tasks, in the order of their tables."
+    made = [c.name for c in (*ablation(), *fast(), *few_step())]
+    usual = LONG_TAILED if condition.startswith('IF=') else FEW_SHOT
+    return list(dict.fromkeys(['original', *usual, 'diff-ii-even', *made]))
+
+
+def table_lines(cells: list) -> list:  # of (condition, configuration)
+    "The lines of a table, in their order."
+
+    def place(line):
+        condition, row = line
+        known = known_rows(condition)
+        number = float(re.search(r'[\d.]+', condition)[0])
+        falling = -1 if condition.startswith('IF=') else 1
+        name, _, value = row.partition('=')
+        at = known.index(row) if row in known else len(known)
+        return falling * number, at, name, float(value or 0)
+
+    return sorted({(cell['setting'], cell['row']) for cell in cells}, key=place)
+
+
+def published_table(record: dict, condition: str) -> tuple | None:
+    "The paper's table and column of a condition: (table, column)."
+    data, number = record['dataset'], re.search(r'[\d.]+', condition)[0]
+    if record['task'] == 'ood':
+        return 'waterbirds', ''
+    if record['task'] == 'long-tail':
+        return 'long_tail', f'{data}_lt_{number}'
+    return 'few_shot', f'{data}_{number}'
+
+# %% ../../nbs/evaluation/tables.ipynb #bd5fd667
+def rebuild_tables(out) -> tuple:  # (record, cells, table)
+    "Make the tables and the plot of an experiment anew from its cells and its record."
+    import pandas as pd
+
+    out = Path(out)
+    record = read_record(out / 'experiment.json', ExperimentRecord, RUN_AGAIN)
+    cells = read_cells(out)
+    require(
+        cells, f'{out}: has no finished cells; run diffii benchmark with it as --out'
+    )
+    arch = record.get('arch') or record.get('classifier', {}).get('arch', 'small')
+    lines, base = [], {}
+    for condition, row in table_lines(cells):
+        own = [cell for cell in cells if cell['setting'] == condition]
+        first = base.setdefault(condition, row)
+        line = dict(setting=condition, row=row) | row_numbers(own, row, first)
+        paper = _published(own, row, published_table(record, condition), arch)
+        lines.append(line | paper)
+    table = pd.DataFrame(lines).dropna(axis=1, how='all')
+    _write(out, table, record['task'])
+    return record, cells, table
 
 # %% ../../nbs/evaluation/tables.ipynb #40a7791b
 def finished(out) -> tuple:  # (record, cells, table)

@@ -4,18 +4,25 @@
 
 # %% auto #0
 __all__ = ['usual_row', 'comparisons', 'all_comparisons', 'verdict_table', 'notes', 'model_of', 'Page', 'show_results',
-           'summary_lines']
+           'summary_lines', 'write_verdicts', 'rebuild']
 
-# %% ../../nbs/evaluation/verdicts.ipynb #7d2a1a58
+# %% ../../nbs/evaluation/verdicts.ipynb #0478977a
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
 
+from ..base.files import require, write_json
 from ..base.settings import InversionSettings, SamplingSettings, model_notes
 from .statistics import Comparison, decide, paired, plot_comparisons
-from .tables import finished, halves, paired_gain, plot_table
+from diffii.evaluation.tables import (
+    finished,
+    halves,
+    paired_gain,
+    plot_table,
+    rebuild_tables,
+)
 from .tasks import SWEEPS, WHOLE, paper_split
 
 # %% ../../nbs/evaluation/verdicts.ipynb #54735c07
@@ -197,3 +204,30 @@ def summary_lines(out) -> list:
     )
     about = [verdict_table(page.family).to_string()] if page.family else []
     return [*found, *notes(cells, record), *about]
+
+# %% ../../nbs/evaluation/verdicts.ipynb #f3e4ee58
+def write_verdicts(out):
+    "Write `verdicts.json`: every comparison with its interval, p and verdict."
+    lines = [
+        dict(condition=c.condition, configuration=c.row, compared_with=c.other)
+        | dict(difference=c.found.mean, half_interval=c.found.half, p=c.found.p)
+        | dict(p_corrected=c.p, trials=c.found.trials, verdict=c.verdict)
+        for c in Page(out).family
+    ]
+    for line in lines:
+        one_trial = line['half_interval'] == float('inf')
+        line['half_interval'] = None if one_trial else line['half_interval']
+    write_json(Path(out) / 'verdicts.json', lines)
+
+
+def rebuild(
+    folder,  # of an experiment, or of several
+) -> list:  # of the experiments' folders
+    "Tables, plots and verdicts anew from the cells. Raises `UserError` without any."
+    folder = Path(folder)
+    found = sorted({file.parent.parent for file in folder.glob('**/cells/*.json')})
+    require(found, f'--from {folder}: no cells of an experiment are there')
+    for out in found:
+        rebuild_tables(out)
+        write_verdicts(out)
+    return found
