@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fake_stages import fake_stages
 from hypothesis import given
 from hypothesis import strategies as st
 from oddities import ODD, changed, property_of
@@ -22,7 +23,6 @@ from diffii.base.seeds import generator
 from diffii.base.settings import Settings
 from diffii.data.aviary import VALIDATION, aviary_set
 from diffii.method.concepts import Concepts
-from diffii.run import pools, runs
 from diffii.run.review import load_concepts, remake, status
 from diffii.run.runs import load_synthetic, synthesize
 
@@ -30,46 +30,10 @@ OUT = Path('out')
 ASIDE = ('README.md', 'lock')  # a card may be edited; a lock is empty
 
 
-# ---- a model that costs nothing
-
-
-def fake_batch(pipe, concepts, pool, rows):
-    "An image of noise for each row, from everything that the row and the pool say."
-    images = []
-    for row in rows:
-        k = pool.classes.index(row['source_label'])
-        at = [pool.names[k].index(name) for name in row['sources']]
-        value = float(pool.latents[k][at].double().sum())
-        parts = row['label'], row['index'], row['strength'], row['suffix'], value
-        gen = generator(row['seed'], *map(str, parts), row['attempt'])
-        pixels = torch.randint(0, 256, (8, 8, 3), generator=gen, dtype=torch.uint8)
-        images.append(Image.fromarray(pixels.numpy()))
-    return images
-
-
-def fake_inversions(pipe, concepts, todo, groups, settings, progress):
-    "Noise in the place of inversions."
-    for k in (k for group in groups for k in group):
-        gen = generator(0, *todo[k].names)
-        yield k, torch.randn((len(todo[k]), *pipe.latent_shape), generator=gen)
-
-
 @pytest.fixture(scope='module')
 def fakes():
-    "The stages of a run without a model; files are written and read as ever."
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, 'make_batch', fake_batch)
-        patch.setattr('diffii.run.review.make_batch', fake_batch)
-        patch.setattr(pools, 'invert_groups', fake_inversions)
-        patch.setattr(Concepts, 'attached', lambda self, pipe: nothing())
-        for module in ('run.runs', 'run.review', 'method.concepts'):
-            patch.setattr(f'diffii.{module}.model_digest', lambda pipe: 'abcdef01-3c00')
+    with fake_stages():
         yield
-
-
-@contextmanager
-def nothing():
-    yield
 
 
 class Maker:

@@ -108,7 +108,7 @@ def test_notes_of_several_processes_come_into_one_sorted_list(digests):
 
     digests.settle()
 
-    notes = read_notes(digests.file)
+    notes = list(read_notes(digests.file))
     assert [note['file'] for note in notes] == ['a.txt', 'b.txt', 'c.txt']
     assert not digests.journals.exists()
 

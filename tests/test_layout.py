@@ -56,7 +56,7 @@ def before(tmp_path):
 
 def assert_brought_up(folder):
     "Images and lists are where they belong, and nothing is left of the old places."
-    rows = folder.final_rows()
+    rows = list(folder.final_rows())
     assert len(rows) == 8
     assert sum(row['attempt'] for row in rows) == 1
     for number, row in enumerate(rows):

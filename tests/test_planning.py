@@ -22,7 +22,7 @@ from diffii.base.settings import (
 from diffii.method.denoising import two_stage_denoise
 from diffii.method.inversion import ddim_invert, images_to_invert
 from diffii.method.synthesis import make_plan
-from diffii.run import planning
+from diffii.run import planning, runs
 from diffii.run.planning import (
     LiveBytes,
     ModelMemory,
@@ -42,6 +42,7 @@ from diffii.run.planning import (
     unet_calls,
     unet_inputs,
 )
+from diffii.run.runs import synthesize
 
 import torch
 
@@ -294,8 +295,32 @@ def test_a_disk_that_is_too_small_is_an_error(pipe, monkeypatch, tmp_path):
     monkeypatch.setattr(planning, 'free_bytes', lambda path: 100)
     settings = Settings.of(pipe, 'tree', run=dict(out=str(tmp_path / 'x')))
 
-    with pytest.raises(UserError, match=r'x: the run writes up to .* are free; make'):
+    told = r'x: the run makes 20 images and writes up to .* 0.0 MiB are free; make'
+    with pytest.raises(UserError, match=told):
         plan_run(pipe, TREES, settings, SECONDS)
+
+
+def test_every_run_is_asked_before_it_plans(pipe, monkeypatch, tmp_path):
+    def no_plan(*about):
+        raise AssertionError('it is planned')
+
+    monkeypatch.setattr(runs, 'iter_plan', no_plan)
+    settings = Settings.of(pipe, 'tree', sampling=dict(expansion=10**12))
+
+    told = 'makes 4,000,000,000,000 images and writes up to .* a smaller --expansion'
+    with pytest.raises(UserError, match=told):
+        synthesize(pipe, TREES, tmp_path / 'x', settings, ['in snow.'], progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_goes_on_is_not_asked_again(pipe, monkeypatch, tmp_path):
+    given = dict(method='real-gen', steps=1, expansion=1)
+    about = pipe, TREES, tmp_path / 'x', Settings.of(pipe, 'tree', sampling=given), []
+    made = synthesize(*about, progress=False)
+
+    monkeypatch.setattr(planning, 'free_bytes', lambda path: 0)
+
+    assert len(synthesize(*about, progress=False)) == len(made) == 4
 
 
 def test_disk_is_counted_in_pixels_latents_and_weights(pipe):
@@ -304,6 +329,7 @@ def test_disk_is_counted_in_pixels_latents_and_weights(pipe):
     disk = disk_bytes(pipe, TREES, settings, lora=1600)
 
     assert disk['images'] == 8 * 3 * 16 * 16
+    assert disk['records'] == 8 * planning.RECORDS
     assert disk['inversions'] == 4 * 4 * (4 * 8 * 8)
     assert disk['concepts'] == 4 * (2 * 32) * 4 + 1600
 
@@ -318,18 +344,18 @@ def test_augment_writes_nothing_where_the_disk_is_too_small(
     result = CliRunner().invoke(cli.app, [*line, '--device', 'cpu'])
 
     assert isinstance(result.exception, UserError)
-    assert f'--out {out}: the run writes up to' in str(result.exception)
+    assert f'--out {out}: the run makes' in str(result.exception)
     assert not out.exists()
 
 
 def test_augment_asks_whether_a_gpu_has_the_memory(pipe, monkeypatch):
     monkeypatch.setattr(planning, 'room_of', lambda pipe: 10)
     settings = Settings.of(pipe, 'tree')
-    check_fits(pipe, TREES, settings)  # a CPU is not asked
+    check_fits(pipe, settings)  # a CPU is not asked
     monkeypatch.setattr(Pipeline, 'device', torch.device('cuda'))
 
     with pytest.raises(UserError, match='learning: needs .* GiB for one image'):
-        check_fits(pipe, TREES, settings)
+        check_fits(pipe, settings)
 
 
 def test_free_space_is_that_of_the_folder_that_will_be(tmp_path):

@@ -151,7 +151,7 @@ def _check_augment(settings, given):
     prefix(settings.images.metaclass)
     check_tracker(settings.run.tracker)
 
-# %% ../../nbs/app/cli.ipynb #024e150e
+# %% ../../nbs/app/cli.ipynb #dbc213f8
 SMALL_MODEL = (
     'note: the shipped model makes 32-pixel images and has seen only digits and drawn '
     'birds. On photographs it runs through every step, but the results are a rehearsal; '
@@ -188,7 +188,7 @@ def _augment(settings, given):
             )
         settings = Settings.of(pipe, **given)
         if not begun:
-            check_fits(pipe, images, settings)
+            check_fits(pipe, settings)
         made = synthesize(
             pipe, images, run.out, settings, suffixes, concepts, progress=progress
         )

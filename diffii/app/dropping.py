@@ -146,7 +146,7 @@ def drop(
     if refill:
         _refill(folder, names if some else None, given['model'])
 
-# %% ../../nbs/app/dropping.ipynb #ca0a0ae2
+# %% ../../nbs/app/dropping.ipynb #ba4cea6f
 def _check_drop(names, file, worst, below, keep, refill):
     "One way at a time to say which images. Raises `UserError`."
     from diffii.base.files import require
@@ -181,9 +181,9 @@ def _images(names):
 
 def _count(folder):
     "How many images a folder has now."
-    from diffii.run.folders import RunFolder, read_rows
+    from diffii.run.folders import RunFolder, iter_rows
 
-    return f'{folder} has {len(read_rows(RunFolder(folder).metadata))}'
+    return f'{folder} has {sum(1 for _ in iter_rows(RunFolder(folder).metadata))}'
 
 
 def _refill(folder, names, given):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['known_names', 'read_names', 'drop', 'keep', 'refill', 'score', 'drop_worst']
 
-# %% ../../nbs/run/dropping.ipynb #6de4a277
+# %% ../../nbs/run/dropping.ipynb #232b5834
 import shlex
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,9 +16,9 @@ from ..base.images import ImageSet
 from ..base.pipeline import Pipeline
 from ..base.records import short
 from ..base.settings import FilterSettings
-from ..method.synthesis import another_row, number_batches
+from ..method.synthesis import another_row, count_batches, number_batches
 from .filters import SCORERS, Scoring, score_folder, worst_names
-from .folders import RunFolder, held, read_rows
+from .folders import RunFolder, held, iter_rows
 from .pools import load_pool
 from .review import load_concepts, made_with
 from diffii.run.runs import (
@@ -29,25 +29,34 @@ from diffii.run.runs import (
     write_metadata,
 )
 
-# %% ../../nbs/run/dropping.ipynb #f7c973b0
+# %% ../../nbs/run/dropping.ipynb #adcd0cb9
 def known_names(
     folder: RunFolder,
     names: list,
 ) -> list:  # file names as in the metadata, each once
     "Names of images of a run. Raises `UserError` for one that is of none."
-    planned = [row['file_name'] for row in read_rows(folder.plan)]
+    by_name, first = _planned_as(folder, set(names))
     text = f'{folder.path}: no images are planned yet; run the command that makes them'
-    require(planned, text)
-    by_name = {n.removeprefix(f'{IMAGES}/'): n for n in planned}
-    by_name |= {n: n for n in planned} | {str(folder.path / n): n for n in planned}
+    require(first, text)
     unknown = [n for n in names if n not in by_name]
     if unknown:
         more = f' (and {len(unknown) - 1} more)' if len(unknown) > 1 else ''
         text = (
             f'{short(unknown[0])}{more}: no image of {folder.path}; its metadata.jsonl'
         )
-        raise UserError(f'{text} has their names, as {planned[0]}')
+        raise UserError(f'{text} has their names, as {first}')
     return list(dict.fromkeys(by_name[n] for n in names))
+
+
+def _planned_as(folder, names):  # -> ({as it was given: as in the plan}, the first)
+    "The planned names of images; a name may begin below or above the folder."
+    found, first = {}, None
+    for row in iter_rows(folder.plan):
+        name = row['file_name']
+        first = first or name
+        ways = name.removeprefix(f'{IMAGES}/'), name, str(folder.path / name)
+        found |= {way: name for way in ways if way in names}
+    return found, first
 
 
 def read_names(
@@ -97,7 +106,7 @@ def keep(
         write_metadata(folder)
     return back
 
-# %% ../../nbs/run/dropping.ipynb #02523c43
+# %% ../../nbs/run/dropping.ipynb #91171c51
 def refill(
     pipe: Pipeline,  # the model that the folder was made with
     out,  # an output folder
@@ -117,17 +126,16 @@ def refill(
         finally:
             write_metadata(folder)
         folder.choose(refilling=[])
-        names = {row['file_name'] for row in folder.all_rows()}
-        folder.digests.settle(names)  # the notes of the images before go
+        folder.settle_digests()  # the notes of the images before go
     return done
 
 
 def _pool(folder, about):
     "The pool of the run, or None where its sampling needs none."
-    sources = any(row['sources'] for row in read_rows(folder.plan))
+    sources = any(row['sources'] for row in iter_rows(folder.plan))
     return load_pool(folder.pool, about['classes']) if sources else None
 
-# %% ../../nbs/run/dropping.ipynb #8a84b966
+# %% ../../nbs/run/dropping.ipynb #acf412cd
 def _plan_refills(folder, pool, names, batch_size):
     "Write down rows for dropped images; returns all that are to be replaced."
     chosen, planner = folder.chosen(), planner_of(folder, pool)
@@ -137,8 +145,10 @@ def _plan_refills(folder, pool, names, batch_size):
     for row in last:
         attempt = max(ATTEMPTS, row['attempt'] + 1)
         rows.append(another_row(planner, row, attempt))
-    taken = [row['batch'] for row in folder.planned_rows()]
-    number_batches(rows, batch_size, first=max(taken, default=-1) + 1)
+    taken = (row['batch'] for row in folder.planned_rows())
+    first = max(taken, default=-1) + 1
+    counts = count_batches(rows, batch_size)
+    rows = list(number_batches(rows, counts, batch_size, first))
     left = {k: v for k, v in chosen['dropped'].items() if k not in gone}
     busy = list(dict.fromkeys([*folder.refilling(), *gone]))
     planned = chosen['refilled'] + rows

@@ -7,13 +7,13 @@ __all__ = ['SCORERS', 'Scoring', 'folds_of', 'classifier_scores', 'targets_of', 
            'distances', 'lpips_scores', 'features_scores', 'clip_scores', 'Scorer', 'scores_of', 'worst',
            'score_folder', 'worst_names', 'filter_folder', 'check_filter', 'nearest', 'drop_candidates']
 
-# %% ../../nbs/run/filters.ipynb #76d56f50
+# %% ../../nbs/run/filters.ipynb #7cc41bc1
 from ..base.backbones import build_model, square
 from ..base.batches import one_hot
 from ..base.embeddings import clip_vectors, named_clip, run_network
 from ..base.features import lpips_features, lpips_model
 from ..base.files import require, write_json
-from ..base.images import ImageSet
+from ..base.images import ImageSet, read_image
 from ..base.pipeline import Pipeline
 from ..base.processes import processes
 from ..base.prompts import clean_text, prompt_of
@@ -24,17 +24,17 @@ from ..method.classifier import train_classifier
 from ..method.concepts import Concepts
 from ..method.diffusion import noised
 from ..method.inversion import source_of
-from .folders import DROPPED, RunFolder
+from .folders import DROPPED, RunFolder, iter_rows
 
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import combinations
+from itertools import combinations, groupby, islice
+from operator import itemgetter
 from pathlib import Path
 import numpy as np
 import torch
-from PIL import Image
 
 # %% ../../nbs/run/filters.ipynb #8a872518
 @dataclass
@@ -172,18 +172,18 @@ def _rivals(job, k):
     rng = np.random.default_rng(seed_of(job.seed, 'rivals', job.made.classes[k]))
     return rng.permutation(others)[: job.settings.rivals].tolist()
 
-# %% ../../nbs/run/filters.ipynb #85a75681
+# %% ../../nbs/run/filters.ipynb #0805ed35
 def _features(
-    images: list,  # RGB images
+    images,  # RGB images, which may be opened as they are asked for
     model,  # what `lpips_model` returned
     side: int,  # to which the images are brought
     batch_size: int,
 ):
     "LPIPS features of images, batch by batch, on the CPU."
     device = next(model.parameters()).device
-    for i in range(0, len(images), batch_size):
-        batch = np.stack([square(im, side) for im in images[i : i + batch_size]])
-        x = torch.from_numpy(batch).to(device).float() / 127.5 - 1
+    images = iter(images)
+    while batch := [square(im, side) for im in islice(images, batch_size)]:
+        x = torch.from_numpy(np.stack(batch)).to(device).float() / 127.5 - 1
         yield lpips_features(model, x).cpu()
 
 
@@ -373,11 +373,10 @@ def nearest(
     far = distances(real, candidates, net, batch_size)
     return sorted(far.argsort(stable=True)[:keep].tolist())
 
-# %% ../../nbs/run/filters.ipynb #31e5affd
+# %% ../../nbs/run/filters.ipynb #695c9c1c
 def drop_candidates(
     images: ImageSet,  # the real images
-    plan: list,  # rows of all candidates
-    folder: RunFolder,
+    folder: RunFolder,  # its plan has the candidates, category by category
     settings: SamplingSettings,
     device='cpu',  # where the network runs
 ):
@@ -386,20 +385,19 @@ def drop_candidates(
     gone = read_record(folder.dropped, list[str], DROPPED) if there else []
     if not gone:
         net = lpips_model(settings.filter_net, device)
-        for k in range(len(images.classes)):
-            gone += _far_ones(images, k, plan, folder, settings.candidates, net)
+        for label, own in groupby(iter_rows(folder.plan), itemgetter('label')):
+            k = images.classes.index(label)
+            gone += _far_ones(images, k, list(own), folder, settings.candidates, net)
         folder.write_text(folder.dropped, json.dumps(gone, indent=1) + '\n')
     for name in gone:
         inside(folder.path, name).unlink(missing_ok=True)
 
 
-def _far_ones(images, k, plan, folder, candidates, net):
+def _far_ones(images, k, own, folder, candidates, net):
     "Names of the candidates of one category that are not kept."
-    label = images.classes[k]
-    own = [row for row in plan if row['label'] == label]
     keep = len(own) // candidates
     own = [row for row in own if folder.file(row).is_file()]  # others were dropped
     real = [images.open(i) for i in images.of_class(k)]
-    made = [Image.open(folder.file(row)).convert('RGB') for row in own]
+    made = (read_image(folder.file(row)) for row in own)
     kept = set(nearest(real, made, keep, net))
     return [row['file_name'] for i, row in enumerate(own) if i not in kept]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HIDDEN', 'CONCEPT_CARD', 'CONCEPT_FILES', 'check_finished', 'check_repo', 'push', 'concept_card']
 
-# %% ../../nbs/run/sharing.ipynb #65a1d45a
+# %% ../../nbs/run/sharing.ipynb #84ae95a6
 import tempfile
 import warnings
 from pathlib import Path
@@ -16,20 +16,20 @@ from ..base.files import IMAGES, UserError, atomic, require
 from ..base.settings import PushSettings
 from ..method.concepts import LORA_FILE, Concepts
 from .cards import write_card
-from .folders import STATE, RunFolder, read_rows
+from .folders import STATE, RunFolder, iter_rows
 
-# %% ../../nbs/run/sharing.ipynb #96da52c1
+# %% ../../nbs/run/sharing.ipynb #08a43a5c
 def check_finished(folder: RunFolder):
     "Raise `UserError` unless all images of a set, undamaged, and their metadata are there."
     folder.about()  # tells of folders that are none, and of damaged lists
     planned = {row['file_name'] for row in folder.final_rows()}
-    rows = read_rows(folder.metadata)
+    rows = iter_rows(folder.metadata)
     whole = {r['file_name'] for r in rows if not folder.damage(r, verify=True)}
     lacking = planned - whole
     text = f'{folder.path}: {len(lacking)} of {len(planned)} images are missing or'
     again = 'run the command that made it again'
     require(not lacking, f'{text} damaged; {again}')
-    require(rows, f'{folder.path}: there are no images in it; {again}')
+    require(whole, f'{folder.path}: there are no images in it; {again}')
 
 
 def check_repo(repo: str):
