@@ -68,7 +68,7 @@ VersionOption = typer.Option(
 def top(version: Annotated[bool, VersionOption] = False):
     "Diff-II: synthetic training images by inversion circle interpolation."
 
-# %% ../../nbs/app/cli.ipynb #0974207a
+# %% ../../nbs/app/cli.ipynb #4c795744
 def main():
     "The entry point: a user's mistake is one line and exit code 2."
     from diffii.base.files import UserError
@@ -105,6 +105,9 @@ def main():
 
 
 def _stop(code, message):
+    from diffii.base.processes import Progress
+
+    Progress.end_line()
     print('diffii:', *str(message).splitlines(), file=sys.stderr)
     sys.exit(code)
 

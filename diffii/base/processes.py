@@ -127,9 +127,11 @@ def training_accelerator(
         raise UserError(f'--tracker {tracker}: {hint}') from e
     return accelerator
 
-# %% ../../nbs/base/processes.ipynb #26bfe7d5
+# %% ../../nbs/base/processes.ipynb #b03ecba1
 class Progress:
     "A bar for each step and the seconds it took. `heading` stands before the name."
+
+    shown = None  # the one whose bar was opened last
 
     def __init__(
         self,
@@ -155,10 +157,17 @@ class Progress:
         if done >= total:
             self.close()
 
+    @classmethod
+    def end_line(cls):
+        "Close the bar that an error has left open, so that the error has its own line."
+        if cls.shown is not None:
+            cls.shown.close()
+
     def _open(self, step, done, total):
         "Begin a step, of which `done` may have been made in another run."
         from tqdm.auto import tqdm
 
+        Progress.shown = self
         self.name, self.began, self.first = step, time.time(), done
         text = f'{self.heading + step:<26}'
         # where it is not quiet, the environment's TQDM_DISABLE decides

@@ -302,7 +302,7 @@ class ImageScores:
     # of each image its attempt, and the score or None
     scores: dict[str, tuple[int, float | None]]
 
-# %% ../../nbs/run/folders.ipynb #85f9e9ef
+# %% ../../nbs/run/folders.ipynb #3dedfb38
 class RunFolder:
     "The output folder of a run: where things are, and what they say."
 
@@ -328,13 +328,17 @@ class RunFolder:
         self.scores = self.state / 'scores.json'
 
     def about(self) -> dict:
-        "The run's record. Raises `UserError` where there is none."
+        "The run's record. Raises `UserError` where there is none, or a list is damaged."
+        found = self.begun()
+        self.check_lists()
+        return found
+
+    def begun(self) -> dict:
+        "The run's record, whatever became of its lists. Raises `UserError`."
         check_links(self.path)
         text = f'{self.path}: not a folder of synthetic images with its {STATE} folder'
         require(self.record.is_file(), text)
-        found = run_record(self.path, RECORD, RunRecord)
-        self.check_lists()
-        return found
+        return run_record(self.path, RECORD, RunRecord)
 
     def file(self, row: dict) -> Path:
         "Where a row's image is, or will be. Raises `UserError` for a place outside."
@@ -477,18 +481,19 @@ def check_lists(self: RunFolder):
     if self.dropped.exists():  # who deletes it wants the images back
         self.digests.check(self.dropped, DROPPED)
 
-# %% ../../nbs/run/folders.ipynb #f3b2bf16
+# %% ../../nbs/run/folders.ipynb #325d477b
 @patch
 def mend_lists(self: RunFolder):
     "Remove damaged lists that a run makes again. Raises `UserError` for others."
     if self.dropped.exists():
         self.digests.check(self.dropped, DROPPED)
     for file in self.redrawn.glob('*.jsonl'):
-        if self.digests.name(file) in self.digests.noted:
-            found = self.digests.damage(file)
-            if found:
-                warnings.warn(f'{file}: was damaged ({found}); its batch is made again')
-                file.unlink()
+        try:
+            self.digests.check(file, AGAIN)
+            read_rows(file)
+        except UserError as e:
+            warnings.warn(f'{e}; its batch is made again')
+            file.unlink()
 
 
 @patch

@@ -442,7 +442,7 @@ def make_missing(
             done += len(batch)
             progress('images', done, planned)
 
-# %% ../../nbs/run/runs.ipynb #ba060331
+# %% ../../nbs/run/runs.ipynb #8d968ff1
 def _wanted(folder):
     "A function: is a row's image to be there, and this row the last that makes it?"
     chosen, dropped = folder.chosen(), folder.dropped_names()
@@ -494,7 +494,7 @@ def _parts(folder, batch):
 
 def planner_of(folder: RunFolder, pool: InversionPool | None) -> Planner:
     "What all rows of a folder's plan have in common, from its record."
-    about = folder.about()
+    about = folder.begun()
     settings = SamplingSettings(**about['sampling'])
     of_run = about['suffixes'], settings, about['model'], about['seed']
     return Planner(tuple(about['classes']), pool, *of_run)
@@ -507,7 +507,7 @@ def write_metadata(folder: RunFolder):
     folder.write_rows(folder.metadata, rows)
     write_card(folder)
 
-# %% ../../nbs/run/runs.ipynb #2697e15c
+# %% ../../nbs/run/runs.ipynb #13f40f91
 @contextmanager
 def _taken(run, record):
     "Take the folder for the time of the block, or raise `UserError`."
@@ -522,7 +522,6 @@ def _taken(run, record):
 def _tidy(run):
     "Write the settings down, and bring files and lists in order."
     if processes().is_main_process:
-        run.folder.settle()
         run.folder.write_text(run.folder.settings, config_text(run.in_force()))
         run.folder.mend_lists()
     for file in sorted(run.folder.concepts.glob('*.*')):
@@ -567,7 +566,7 @@ def synthesize(
         processes().wait_for_everyone()
         return load_synthetic(out)
 
-# %% ../../nbs/run/runs.ipynb #b6f0548e
+# %% ../../nbs/run/runs.ipynb #3427c6c6
 def _make_all(run, concepts):
     "Inversions, plan, images, filter, metadata; the concepts are attached."
     pool, settings, ps = _pool(run, concepts), run.settings.sampling, processes()
@@ -576,6 +575,7 @@ def _make_all(run, concepts):
     if ps.is_main_process:
         rows = iter_plan(plan, run.images.counts, run.pipe.batch_size)
         run.folder.write_rows(run.folder.plan, rows)
+        run.folder.settle()
         _note_tensors(run.folder)
     ps.wait_for_everyone()
     few_step = run.few_step.attached(run.pipe) if run.few_step else nullcontext()

@@ -120,7 +120,7 @@ def _in_one_line(repo, e):
         remedy = 'check the network; the same command goes on from here'
     return UserError(f'{repo}: could not be pushed ({why}); {remedy}')
 
-# %% ../../nbs/run/sharing.ipynb #ec975c38
+# %% ../../nbs/run/sharing.ipynb #a3f20936
 def push(
     out,  # a finished output folder
     repo: str,  # as 'me/more_birds'; without 'me/' it belongs to you
@@ -134,11 +134,20 @@ def push(
         return _push_concepts(folder, repo, settings)
     check_finished(folder)
     write_card(folder)
-    if 'license: unknown' in folder.card.read_text(encoding='utf-8'):
+    if 'license: unknown' in _read_card(folder.card):
         warnings.warn(f'{folder.card}: the license is not filled in')
     parts = [f'{IMAGES}/*', folder.metadata.name, folder.card.name]
     parts += [f'{STATE}/*'] * settings.state
     return _send(folder.path, repo, 'dataset', settings.private, parts)
+
+
+def _read_card(file):
+    "The text of a card. Raises `UserError`, since the hub would not take another."
+    try:
+        return file.read_text(encoding='utf-8')
+    except UnicodeDecodeError as e:
+        text = f'{file}: not UTF-8 text ({e.reason}); save it as such, or delete it to'
+        raise UserError(f'{text} have it written again') from e
 
 
 def _push_concepts(folder, repo, settings):
