@@ -160,7 +160,7 @@ def _check_made(folder, row, classes, again):
     text = f'{folder.metadata}: {name} is of a category that the run has not'
     require(known, f'{text} ({short(row["label"])}); {again}')
 
-# %% ../../nbs/run/runs.ipynb #5ffbfd3f
+# %% ../../nbs/run/runs.ipynb #3998a6bb
 @dataclass
 class Run:
     "What the stages of a run share."
@@ -200,12 +200,20 @@ class Run:
             inversion=asdict(settings.inversion),
             sampling=asdict(settings.sampling),
             **({} if concepts is None else dict(given=concepts.digest())),
+            **self._words(),
             **{name: True for name in ('vae_tiling', 'tf32') if getattr(pipe, name)},
             **({} if self.few_step is None else dict(few_step=self.few_step.digest())),
             **(dict(guide=asdict(settings.guide)) if self.method.imagined else {}),
         )
 
-# %% ../../nbs/run/runs.ipynb #0182088f
+# %% ../../nbs/run/runs.ipynb #a62a0c32
+@patch
+def _words(self: Run):
+    "What the record says of the words that stand for the categories in prompts."
+    used = self.method.learn == 'none' and self.images.words
+    return dict(words=list(self.images.words)) if used else {}
+
+
 @patch
 def in_force(self: Run) -> Settings:
     "All settings, with those of the images and the model as they were loaded."
