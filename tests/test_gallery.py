@@ -496,6 +496,11 @@ def test_the_rejected_are_remembered_as_long_as_they_are_the_same(tab, looked_at
     assert rejected(tab) == []
 
 
+def test_scores_have_the_decimals_that_tell_them_apart(tab):
+    found = text(tab, '.card[data-number="8"] .scores')
+    assert found == 'classifier 0.690 · clip 2.00'
+
+
 def test_a_parent_shows_what_was_made_from_it(tab):
     tab.click('.card[data-number="8"] .second')
     assert shown(tab) == [('ash', i) for i in range(6)]
@@ -515,7 +520,7 @@ def test_the_summary_puts_first_what_gives_bad_images(tab):
     tab.click('#summary summary')
     tab.wait('document.querySelectorAll("#by-category tbody tr").length')
     categories, suffixes = lines_of(tab, 'by-category'), lines_of(tab, 'by-suffix')
-    assert categories[0] == ['ash', '6', '3', '0.640', '1', '2']
+    assert categories[0] == ['ash', '6', '3', '0.640', '1.00', '2']
     assert [line[:3] for line in suffixes] == [
         [SUFFIXES[0], '9', '3'],
         [SUFFIXES[1], '9', '1'],

@@ -1,13 +1,16 @@
 "Classifiers with and without synthetic images: what is compared, refused, kept."
 
 import json
+import warnings
 
 import numpy as np
 import pytest
 from garden import photo
+from matplotlib.figure import Figure
 
 from diffii.base.files import UserError
 from diffii.base.images import ImageSet, image_folder
+from diffii.base.pages import figure_data
 from diffii.base.pipeline import load_pipeline
 from diffii.base.settings import Settings, TrainSettings
 from diffii.evaluation import training
@@ -264,6 +267,14 @@ def test_small_images_have_the_small_network(images, given, expected):
     found, line = suited_classifier(images, given)
     assert (found.arch, found.size, found.pretrained) == expected
     assert not line
+
+
+def test_letters_that_the_font_lacks_are_no_matter_for_a_warning():
+    figure = Figure()
+    figure.suptitle('roof 🏯')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert figure_data(figure).startswith('data:image/png;base64,')
 
 
 def test_weights_that_cannot_be_had_are_one_line(images):

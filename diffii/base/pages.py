@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['picture_data', 'figure_data', 'write_page']
 
-# %% ../../nbs/base/pages.ipynb #2760280a
+# %% ../../nbs/base/pages.ipynb #4bdd07de
 import base64
 import io
+import warnings
 from importlib import resources
 
 from .files import atomic
 
-# %% ../../nbs/base/pages.ipynb #b4ded3bd
+# %% ../../nbs/base/pages.ipynb #c52ca95f
 def picture_data(
     image,  # Pillow image
     format: str = 'PNG',  # or JPEG, which is smaller for photographs
@@ -32,7 +33,9 @@ def figure_data(
     import matplotlib.pyplot as plt
 
     file = io.BytesIO()
-    figure.savefig(file, format='png', dpi=dpi)
+    with warnings.catch_warnings():  # boxes stand for letters that the font lacks
+        warnings.filterwarnings('ignore', message='Glyph')
+        figure.savefig(file, format='png', dpi=dpi)
     plt.close(figure)
     return f'data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}'
 

@@ -31,6 +31,19 @@ function short(value) {
   return Number.isInteger(value) ? String(value) : value.toPrecision(3)
 }
 
+// decimals that show a hundredth of what lies between the extremes of a score
+const decimals = data.scores.map((_, i) => {
+  const values = data.images.map(image => image.scores[i]).filter(x => x !== null)
+  let [low, high] = [Infinity, -Infinity]
+  for (const x of values) [low, high] = [Math.min(low, x), Math.max(high, x)]
+  const steps = high > low ? 2 - Math.floor(Math.log10(high - low)) : 3
+  return Math.min(Math.max(steps, 0), 6)
+})
+
+function scoreText(value, i) {
+  return value === null || value === undefined ? '-' : value.toFixed(decimals[i])
+}
+
 function picture(src, alt, name) {
   const attributes = { src, alt, loading: 'lazy', class: name }
   const image = element('img', attributes)
@@ -163,7 +176,7 @@ function describe(image) {
 
 function scoresOf(image) {
   if (image.scores.every(value => value === null)) return data.scores.length ? 'no score' : ''
-  return data.scores.map((name, i) => `${name} ${short(image.scores[i])}`).join(' · ')
+  return data.scores.map((name, i) => `${name} ${scoreText(image.scores[i], i)}`).join(' · ')
 }
 
 function card(image) {
@@ -287,7 +300,8 @@ function table(id, title, rows, nameOf, extra = {}) {
   const head = element('tr', {}, element('th', { scope: 'col' }, title), ...cells)
   const lines = rows.slice(0, MOST_LINES).map(row => {
     const more = Object.values(extra).map(of => of(row.key))
-    const numbers = [row.images, row.rejected, ...row.scores, ...more].map(short)
+    const counts = [row.images, row.rejected].map(short)
+    const numbers = [...counts, ...row.scores.map(scoreText), ...more.map(short)]
     const tds = numbers.map(text => element('td', { class: 'number' }, text))
     const line = element('tr', { 'data-key': row.key, tabindex: 0 })
     line.append(element('td', {}, ...nameOf(row.key)), ...tds)

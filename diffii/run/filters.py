@@ -244,7 +244,7 @@ def clip_scores(job: Scoring) -> np.ndarray:
     p = (scale * images @ texts.T).softmax(1).numpy()
     return (p * targets_of(job.made)).sum(1)
 
-# %% ../../nbs/run/filters.ipynb #ad571b05
+# %% ../../nbs/run/filters.ipynb #4ba9b790
 @dataclass(frozen=True)
 class Scorer:
     "A way to score synthetic images."
@@ -256,7 +256,11 @@ class Scorer:
 
 SCORERS = dict(
     classifier=Scorer(classifier_scores, 'probability of the own category, 0 to 1'),
-    denoising=Scorer(denoising_scores, 'margin of the loss; right above 0', model=True),
+    denoising=Scorer(
+        denoising_scores,
+        'by how much the own prompt denoises better than the best other, which wins below 0',
+        model=True,
+    ),
     clip=Scorer(clip_scores, "probability of the own category's name, 0 to 1"),
     lpips=Scorer(lpips_scores, 'minus the distance to the real images'),
     features=Scorer(features_scores, 'cosine with the real images, -1 to 1'),
