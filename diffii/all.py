@@ -11,6 +11,7 @@ from .base.settings import (
     ClassifierSettings,
     ConceptSettings,
     ContextSettings,
+    EditSettings,
     FAST,
     FilterSettings,
     GuideSettings,

@@ -18,11 +18,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from diffii.base.checkpoints import NO_CHECKER
 from diffii.base.images import ImageSet
 from diffii.base.pipeline import load_pipeline
 from diffii.base.settings import ConceptSettings
 
 KINDS = ('sd1', 'sd2', 'sd2-v', 'xl')  # SD 1.x, SD 2.x with noise or velocity, SDXL
+EDITS = 'pix2pix'  # InstructPix2Pix, which is SD 1.x with a wider first layer
 LEVELS = dict(
     beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', steps_offset=1
 )
@@ -105,7 +107,7 @@ def small_checker():
 def small_unet(kind):
     from diffusers import UNet2DConditionModel
 
-    if kind == 'sd1':
+    if kind in ('sd1', EDITS):
         extra = dict(attention_head_dim=4, cross_attention_dim=32)
     else:
         extra = dict(attention_head_dim=(2, 4), use_linear_projection=True)
@@ -117,13 +119,15 @@ def small_unet(kind):
             projection_class_embeddings_input_dim=32 + 6 * 8,
             transformer_layers_per_block=(1, 2),
         )
+    if kind == EDITS:
+        extra |= dict(in_channels=8)
     return UNet2DConditionModel(**UNET, **extra)
 
 
 def text_encoders(kind):  # name -> encoder
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    quick = 'quick_gelu' if kind in ('sd1', 'xl') else 'gelu'
+    quick = 'gelu' if kind in ('sd2', 'sd2-v') else 'quick_gelu'
     width = 24 if kind == 'xl' else 32
     config = CLIPTextConfig(**TEXT, hidden_size=width, hidden_act=quick)
     encoders = {'text_encoder': CLIPTextModel(config)}
@@ -162,11 +166,12 @@ def build(
 ):  # -> the folder
     "A small random checkpoint in the hub's layout."
     import diffusers
+    from diffusers import EulerAncestralDiscreteScheduler
     from transformers import CLIPImageProcessor, CLIPTokenizer
 
     torch.manual_seed(seed)
     folder = Path(folder)
-    pads = {'tokenizer': '<|endoftext|>' if kind in ('sd1', 'xl') else '!'}
+    pads = {'tokenizer': '!' if kind in ('sd2', 'sd2-v') else '<|endoftext|>'}
     if kind == 'xl':
         pads['tokenizer_2'] = '!'
     for name, pad in pads.items():
@@ -176,6 +181,9 @@ def build(
     parts |= text_encoders(kind) | dict(scheduler=scheduler(kind, prediction_type))
     if kind == 'xl':
         pipe = diffusers.StableDiffusionXLPipeline(**parts)
+    elif kind == EDITS:
+        parts |= dict(NO_CHECKER, scheduler=EulerAncestralDiscreteScheduler(**LEVELS))
+        pipe = diffusers.StableDiffusionInstructPix2PixPipeline(**parts)
     else:
         size = dict(size={'shortest_edge': 30}, crop_size=30)
         parts['feature_extractor'] = checker and CLIPImageProcessor(**size)

@@ -1,10 +1,13 @@
 "Runs on a few drawn birds with hardly learned concepts and few steps."
 
 from diffii.base.images import few_shot
+from diffii.base.methods import METHODS
 from diffii.base.settings import ConceptSettings
 from diffii.data.aviary import VALIDATION, aviary_set
 from diffii.method.concepts import learn_concepts
 
+# methods that make images with the shipped model
+MAKING = [m for m, about in METHODS.items() if about.start not in ('nothing', 'edit')]
 SUFFIXES = ['flying over water.', 'on a branch.', 'in the snow.']
 GIVEN = dict(
     run=dict(seed=1),

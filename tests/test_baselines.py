@@ -46,7 +46,7 @@ def test_a_filtering_method_plans_twice_as_many_images(planned, method):
 
 @pytest.mark.parametrize('method', MAKING)
 def test_sources_are_none_one_image_or_a_pair(planned, method):
-    number = {'noise': 0, 'image': 1, 'circle': 2}[METHODS[method].start]
+    number = {'noise': 0, 'image': 1, 'edit': 1, 'circle': 2}[METHODS[method].start]
     for row in planned(method):
         assert len(set(row['sources'])) == number
 
@@ -75,9 +75,10 @@ def test_whose_prompt_is_followed(planned, method):
 
 
 @pytest.mark.parametrize('method', MAKING)
-def test_contexts_belong_to_two_stage_methods_alone(planned, method):
+def test_contexts_belong_to_two_stage_methods_and_styles_to_edits(planned, method):
     suffixes = {row['suffix'] for row in planned(method)}
-    assert suffixes == (set(SUFFIXES) if METHODS[method].two_stage else {''})
+    known = METHODS[method].two_stage or METHODS[method].start == 'edit'  # styles
+    assert suffixes == (set(SUFFIXES) if known else {''})
 
 
 def test_soft_targets_share_the_label_between_two_categories():

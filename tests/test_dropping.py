@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-from small_runs import GIVEN, SUFFIXES, few_birds, hardly_learned
+from small_runs import GIVEN, MAKING, SUFFIXES, few_birds, hardly_learned
 
 from diffii.base.files import UserError, write_json
 from diffii.base.methods import METHODS
@@ -326,7 +326,7 @@ def test_another_model_is_refused_for_refills(made, pipe):
         refill(other, made.folder)
 
 
-@pytest.mark.parametrize('method', [m for m in METHODS if m != 'original'])
+@pytest.mark.parametrize('method', MAKING)
 def test_every_method_drops_and_refills(method, make, pipe, concepts):
     given = concepts if METHODS[method].learn == 'tokens+lora' else None
     made = make(sampling=dict(method=method), concepts=given)

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from small_runs import GIVEN, SUFFIXES, few_birds, hardly_learned
+from small_runs import GIVEN, MAKING, SUFFIXES, few_birds, hardly_learned
 
 from diffii.base.files import UserError, read_json, write_json
-from diffii.base.methods import METHODS
 from diffii.base.pipeline import load_pipeline
 from diffii.base.settings import Settings
 from diffii.run import review, runs
@@ -126,7 +125,7 @@ def test_the_record_keeps_the_settings_by_group(straight, birds):
     assert set(record['images']) == set(birds.names)
 
 
-@pytest.mark.parametrize('method', [m for m in METHODS if m != 'original'])
+@pytest.mark.parametrize('method', MAKING)
 def test_every_method_makes_its_images(make, tmp_path, method):
     got = make(tmp_path / 'out', concepts=None, sampling=dict(method=method))
     assert len(got) == 18

@@ -109,7 +109,7 @@ def circle_digests(pipe, concepts, pool, suffixes):
 def method_digests(pipe, few, given, suffixes):
     "The images of every method; yields (name, digest, images)."
     for method in METHODS:
-        if method == 'original':
+        if METHODS[method].start in ('nothing', 'edit'):  # edits need another model
             continue
         sampling = dict(method=method, expansion=2, steps=8)
         settings = Settings.of(

@@ -24,7 +24,7 @@ from diffii.base.settings import (
     specs,
 )
 
-# %% ../../nbs/app/options.ipynb #e8dff3df
+# %% ../../nbs/app/options.ipynb #96823f77
 TITLES = dict(
     images='Images',
     model='Model',
@@ -34,6 +34,7 @@ TITLES = dict(
     sampling='Sampling',
     filter='Filter',
     guide='Guide of gif',
+    edit='Edits of diffuse-mix',
     run='Run',
     data='Data set',
     trials='Trials',

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from .files import require
 
-# %% ../../nbs/base/methods.ipynb #427c1632
+# %% ../../nbs/base/methods.ipynb #cfc530df
 @dataclass(frozen=True)
 class Method:
     "The answers of one method."
@@ -18,7 +18,7 @@ class Method:
     # 'none' (class names in the prompt), 'tokens', or 'tokens+lora'
     learn: str
     # 'circle' (through two inversions), 'noise', 'image' (a training image with noise on
-    # it), or 'nothing'
+    # it), 'edit' (a training image that is edited by instruction), or 'nothing'
     start: str
     # whose prompt is followed: the training image's 'own' category, or an 'other' one
     target: str = 'own'
@@ -30,7 +30,7 @@ class Method:
     imagined: bool = False  # a guide changes the latents after sampling
     paper: str = ''  # where it comes from
 
-# %% ../../nbs/base/methods.ipynb #8976e096
+# %% ../../nbs/base/methods.ipynb #6506daed
 METHODS = {
     'original': Method('none', 'nothing'),
     'real-gen': Method('none', 'noise', paper='arXiv 2210.07574'),
@@ -49,14 +49,10 @@ METHODS = {
     'diff-mix': Method(
         'tokens+lora', 'image', 'other', (0.5, 0.7, 0.9), paper='arXiv 2403.19600'
     ),
+    'diffuse-mix': Method('none', 'edit', paper='arXiv 2405.14881'),
     'random-noise': Method(
         'tokens+lora', 'noise', paper='arXiv 2408.16266, Table 4, first row'
     ),
-    # what the contexts of Diff-II do without its circle
-    'random-noise-suffix': Method(
-        'tokens+lora', 'noise', two_stage=True, paper='arXiv 2408.16266, Table 4'
-    ),
-    'diff-aug-suffix': Method('tokens+lora', 'image', 'own', (1.0,), two_stage=True),
     'diff-ii': Method(
         'tokens+lora', 'circle', two_stage=True, paper='arXiv 2408.16266'
     ),

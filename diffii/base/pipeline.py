@@ -57,7 +57,7 @@ class Conditioning:
         every = [None if xs[0] is None else torch.cat(xs) for xs in zip(*tensors)]
         return Conditioning(*every)
 
-# %% ../../nbs/base/pipeline.ipynb #726e8682
+# %% ../../nbs/base/pipeline.ipynb #9f28a89b
 @dataclass
 class Pipeline:
     "A loaded diffusers pipeline and what Diff-II needs to know of it."
@@ -77,6 +77,8 @@ class Pipeline:
     compiled: Any = None
     # what looks at images while the method gif changes their latents
     guide: Any = None
+    # settings of the method diffuse-mix while its images are made
+    editing: Any = None
     # part -> blocks in which it is at work, see `at_work`
     working: Counter = field(default_factory=Counter)
 
@@ -105,12 +107,18 @@ class Pipeline:
         "The precision as `load_pipeline` takes it."
         return str(self.dtype).removeprefix('torch.')
 
-# %% ../../nbs/base/pipeline.ipynb #18db40fc
+# %% ../../nbs/base/pipeline.ipynb #d414cbc5
 @patch(as_prop=True)
 def latent_shape(self: Pipeline) -> tuple:  # (channels, height, width)
     "The shape of one image's latent."
     side = self.size // self.pipe.vae_scale_factor
-    return self.unet.config.in_channels, side, side
+    return self.vae.config.latent_channels, side, side
+
+
+@patch(as_prop=True)
+def edits(self: Pipeline) -> bool:
+    "Whether this is an InstructPix2Pix model, whose U-Net sees an image's latent too."
+    return self.unet.config.in_channels > self.vae.config.latent_channels
 
 
 @patch(as_prop=True)

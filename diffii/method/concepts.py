@@ -635,7 +635,7 @@ def _average_gradients(self: ConceptTraining):
     for g, part in zip(grads, mean.split([g.numel() for g in grads])):
         g.copy_(part.view_as(g))
 
-# %% ../../nbs/method/concepts.ipynb #53a02f21
+# %% ../../nbs/method/concepts.ipynb #e9da174a
 def _too_little(settings) -> str:
     return (
         f'--concept-batch {settings.batch_size}: memory ran out in concept learning, '
@@ -660,6 +660,8 @@ def check_learning(pipe: Pipeline, images: ImageSet, settings: ConceptSettings):
     "Raise `UserError` for what would stop concept learning, before anything is written."
     n = processes().num_processes
     require(len(images), 'learn_concepts: the image set is empty')
+    text = f'--model {pipe.model}: an InstructPix2Pix model learns no concepts'
+    require(not pipe.edits, f'{text}; give a text-to-image model')
     require(settings.n_tokens, '--tokens 0: give 1 or more')
     uneven = (
         f'--concept-batch {settings.batch_size}: give a multiple of the {n} processes, '

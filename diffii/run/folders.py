@@ -4,40 +4,37 @@
 
 # %% auto #0
 __all__ = ['CLUTTER', 'FORMAT', 'BEFORE', 'ASIDE', 'LOST', 'LEAST', 'MOST', 'N_SOURCES', 'AGAIN', 'write_rows', 'STATE', 'RECORD',
-           'DROPPED', 'PATIENCE', 'holds_run', 'check_links', 'differences', 'claim', 'Head', 'run_record', 'tentative',
-           'Row', 'read_rows', 'iter_rows', 'RunRecord', 'Choices', 'ImageScores', 'RunFolder', 'held', 'bring_up']
+           'DROPPED', 'PATIENCE', 'holds_run', 'differences', 'claim', 'Head', 'run_record', 'tentative', 'Row',
+           'read_rows', 'RunRecord', 'Choices', 'ImageScores', 'RunFolder', 'held', 'bring_up']
 
-# %% ../../nbs/run/folders.ipynb #1b756d29
+# %% ../../nbs/run/folders.ipynb #0d4da35f
 import contextlib
 import json
 import math
 import warnings
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from itertools import chain
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from ..base.files import IMAGES, UserError, remove_unfinished, require
-from ..base.files import write_json
+from ..base.files import IMAGES, UserError, require, write_json
 from ..base.processes import processes
 from fastcore.basics import patch
 from diffii.base.records import (
     dump_lines,
     inside,
-    iter_lines,
     read_lines,
     read_record,
     short,
     write_lines,
     write_record,
 )
-from ..base.settings import ConceptSettings, GuideSettings, InversionSettings
-from ..base.settings import SamplingSettings
+from ..base.settings import ConceptSettings, EditSettings, GuideSettings
+from ..base.settings import InversionSettings, SamplingSettings
 from .digests import Digests
 from fastcore.basics import patch
 
-# %% ../../nbs/run/folders.ipynb #8c600872
+# %% ../../nbs/run/folders.ipynb #1a0898e0
 CLUTTER = {'.DS_Store', 'Thumbs.db', 'desktop.ini'}  # what file managers leave behind
 
 
@@ -48,7 +45,6 @@ def holds_run(
     "Does a folder hold a run? `UserError` where it has other files; nothing is written."
     out = Path(out)
     require(not out.exists() or out.is_dir(), f'--out {out}: is a file; give a folder')
-    check_links(out)
     if (out / record).is_file() or not out.is_dir():
         return (out / record).is_file()
     others = _other_files(out, record)
@@ -57,14 +53,6 @@ def holds_run(
     text = f'--out {out}: holds other files ({names}); give a new or empty folder'
     require(begun or not others, text)
     return begun
-
-
-def check_links(out):
-    "Raise `UserError` where a link leads from a run's state out of its folder."
-    state = Path(out) / STATE
-    for path in (state, *state.glob('*'), *state.glob('concepts/*')):
-        if path.is_symlink():
-            inside(out, path.relative_to(out).as_posix())
 
 
 def _other_files(out, record):
@@ -174,13 +162,13 @@ def _remove(paths, file):
         with contextlib.suppress(OSError):
             path.unlink() if path == file else path.rmdir()
 
-# %% ../../nbs/run/folders.ipynb #1a091a08
+# %% ../../nbs/run/folders.ipynb #ab711b20
 LEAST = dict(index=0, attempt=0, label_weight=0, split_ratio=0, guidance_scale=0)
 LEAST |= dict(steps=1, stride=1)
 MOST = dict(label_weight=1, split_ratio=1, steps=1000)
-N_SOURCES = dict(circle=2, image=1, noise=0)  # images that one starts from
+N_SOURCES = dict(circle=2, image=1, edit=1, noise=0)  # images that one starts from
 
-# %% ../../nbs/run/folders.ipynb #d322a91b
+# %% ../../nbs/run/folders.ipynb #5472c0a8
 @dataclass
 class Row:
     "Everything that makes one synthetic image: a line of a plan, or of metadata."
@@ -204,7 +192,7 @@ class Row:
     split_ratio: float
     guidance_scale: float
     steps: int
-    start: Literal['circle', 'image', 'noise']
+    start: Literal['circle', 'image', 'edit', 'noise']
     interpolation: str
     equal_norms: bool
     guided: list[float]
@@ -227,10 +215,10 @@ class Row:
             len(self.sources) == N_SOURCES[self.start],
             f'sources should be {N_SOURCES[self.start]}, found {short(self.sources)}',
         )
-        known = self.start == 'noise' or self.strength is not None
+        known = self.start in ('noise', 'edit') or self.strength is not None
         require(known, f'strength is missing, for the start {self.start!r}')
 
-# %% ../../nbs/run/folders.ipynb #c5a94d83
+# %% ../../nbs/run/folders.ipynb #7ae6ff47
 AGAIN = 'restore it, or run the command that made it again'
 
 
@@ -241,11 +229,6 @@ def read_rows(
     return read_lines(file, Row, AGAIN)
 
 
-def iter_rows(file):  # yields dicts
-    "The rows in a file one at a time, see `read_rows`."
-    return iter_lines(file, Row, AGAIN) if Path(file).exists() else iter(())
-
-
 write_rows = write_lines
 
 # %% ../../nbs/run/folders.ipynb #89ba00fd
@@ -253,7 +236,7 @@ STATE = '.diffii'  # folder of the run's state inside the output folder
 RECORD = f'{STATE}/run.json'
 DROPPED = 'restore it, or delete it to have the dropped images back'
 
-# %% ../../nbs/run/folders.ipynb #9d965e60
+# %% ../../nbs/run/folders.ipynb #d90860d5
 @dataclass(kw_only=True)
 class RunRecord(Head):
     "What decides the images of a run: `run.json`."
@@ -273,8 +256,8 @@ class RunRecord(Head):
     sampling: SamplingSettings
     given: str | None = None  # digest of concepts that were learned elsewhere
     few_step: str | None = None  # digest of few-step weights
-    words: list[str] | None = None  # for categories that are called by name
     guide: GuideSettings | None = None  # of the method gif
+    edit: EditSettings | None = None  # of the method diffuse-mix
     vae_tiling: bool = False
     tf32: bool = False
 
@@ -282,7 +265,7 @@ class RunRecord(Head):
         ok = self.size >= 8 and self.batch_size >= 1
         require(ok, 'size and batch_size should be 8 and 1 or more')
 
-# %% ../../nbs/run/folders.ipynb #7af6d2e5
+# %% ../../nbs/run/folders.ipynb #baa46848
 @dataclass
 class Choices:
     "What of the plan is used: `choices.json`."
@@ -290,8 +273,6 @@ class Choices:
     dropped: dict[str, str]  # images that are left out, and why
     refilled: list[Row]  # rows of images that replace others, from another seed
     filtered: list[dict]  # settings of the filters that were applied
-    # images that a refill has planned and not finished
-    refilling: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -302,7 +283,7 @@ class ImageScores:
     # of each image its attempt, and the score or None
     scores: dict[str, tuple[int, float | None]]
 
-# %% ../../nbs/run/folders.ipynb #3dedfb38
+# %% ../../nbs/run/folders.ipynb #39fb18a9
 class RunFolder:
     "The output folder of a run: where things are, and what they say."
 
@@ -328,35 +309,24 @@ class RunFolder:
         self.scores = self.state / 'scores.json'
 
     def about(self) -> dict:
-        "The run's record. Raises `UserError` where there is none, or a list is damaged."
-        found = self.begun()
-        self.check_lists()
-        return found
-
-    def begun(self) -> dict:
-        "The run's record, whatever became of its lists. Raises `UserError`."
-        check_links(self.path)
+        "The run's record. Raises `UserError` where there is none."
         text = f'{self.path}: not a folder of synthetic images with its {STATE} folder'
         require(self.record.is_file(), text)
-        return run_record(self.path, RECORD, RunRecord)
+        found = run_record(self.path, RECORD, RunRecord)
+        self.check_lists()
+        return found
 
     def file(self, row: dict) -> Path:
         "Where a row's image is, or will be. Raises `UserError` for a place outside."
         return inside(self.path, row['file_name'])
 
-# %% ../../nbs/run/folders.ipynb #f2b33ca8
+# %% ../../nbs/run/folders.ipynb #164d54a9
 @patch
 def chosen(self: RunFolder) -> dict:
     "What was dropped and why, the rows that came instead, and the filters applied."
     none = dict(dropped={}, refilled=[], filtered=[])
     there = self.choices.is_file()
     return read_record(self.choices, Choices, DROPPED) if there else none
-
-
-@patch
-def refilling(self: RunFolder) -> list:
-    "The images that a refill has planned and not finished."
-    return self.chosen().get('refilling', [])
 
 
 @patch
@@ -373,67 +343,40 @@ def dropped_names(self: RunFolder) -> set:
     far = read_record(self.dropped, list[str], DROPPED) if there else []
     return {*far, *self.chosen()['dropped']}
 
-# %% ../../nbs/run/folders.ipynb #9acac527
+# %% ../../nbs/run/folders.ipynb #466c76a5
 @patch
-def planned_rows(self: RunFolder):  # yields rows
+def planned_rows(self: RunFolder) -> list:
     "The plan, and behind it the rows of images that replace others."
-    return chain(iter_rows(self.plan), self.chosen()['refilled'])
+    return read_rows(self.plan) + self.chosen()['refilled']
 
 
 @patch
-def redrawn_rows(self: RunFolder, batch: int) -> list:
-    "The rows that came in the place of those of a batch."
-    return read_rows(self.redrawn / f'{batch}.jsonl')
-
-
-@patch
-def all_rows(self: RunFolder):  # yields rows
+def all_rows(self: RunFolder) -> list:
     "What is planned, and behind it the rows that came in the place of failures."
     later = sorted(self.redrawn.glob('*.jsonl'))
-    return chain(self.planned_rows(), *map(iter_rows, later))
+    return self.planned_rows() + [r for file in later for r in read_rows(file)]
 
-# %% ../../nbs/run/folders.ipynb #f517102d
+# %% ../../nbs/run/folders.ipynb #304f5c27
 @patch
-def last_rows(self: RunFolder):  # yields rows
+def last_rows(self: RunFolder) -> list:
     "The last attempt at each planned image, of those that are left out too."
-    refilled = self._refilled()
-
-    @lru_cache(64)  # batches whose rows stand side by side in the plan
-    def redrawn(batch):
-        return _by_name(self.redrawn_rows(batch))
-
-    for row in iter_rows(self.plan):
-        name = row['file_name']
-        yield refilled.get(name) or redrawn(row['batch']).get(name, row)
+    attempts = sorted(self.all_rows(), key=_attempt)
+    return list({row['file_name']: row for row in attempts}.values())
 
 
 @patch
-def _refilled(self: RunFolder) -> dict:  # name -> row
-    "The last attempts at images that replace others."
-    rows = self.chosen()['refilled']
-    batches = dict.fromkeys(row['batch'] for row in rows)
-    return _by_name(chain(rows, *map(self.redrawn_rows, batches)))
+def final_rows(self: RunFolder) -> list:
+    "The last attempt at each image that is not left out, with scores, in the plan's order."
+    gone, last = self.dropped_names(), {r['file_name']: r for r in self.last_rows()}
+    scores = self.image_scores()
+    names = [row['file_name'] for row in read_rows(self.plan)]
+    return [_scored(last[name], scores) for name in names if name not in gone]
 
-
-def _by_name(rows):
-    "Of each name the last attempt."
-    attempts = sorted(rows, key=_attempt)
-    return {row['file_name']: row for row in attempts}
-
-
+# %% ../../nbs/run/folders.ipynb #36942bf8
 def _attempt(row):
     return row['attempt']
 
 
-@patch
-def final_rows(self: RunFolder):  # yields rows
-    "The last attempt at each image that is not left out, with scores, in the plan's order."
-    gone, scores = self.dropped_names(), self.image_scores()
-    for row in self.last_rows():
-        if row['file_name'] not in gone:
-            yield _scored(row, scores)
-
-# %% ../../nbs/run/folders.ipynb #2f6023cb
 def _scored(row, scores):
     "A row with the scores that its image was given; another attempt's are not its own."
     found = {}
@@ -443,7 +386,7 @@ def _scored(row, scores):
             found[name] = number
     return {**row, 'scores': found} if found else row
 
-# %% ../../nbs/run/folders.ipynb #d9378723
+# %% ../../nbs/run/folders.ipynb #8104d13b
 @patch
 def write_rows(self: RunFolder, file, rows):
     "Write rows and note their digest."
@@ -466,12 +409,6 @@ def write_text(self: RunFolder, file, text: str):
 
 
 @patch
-def settle_digests(self: RunFolder):
-    "Bring all digests into one list; those of dropped images are kept."
-    self.digests.settle(row['file_name'] for row in iter_rows(self.plan))
-
-
-@patch
 def check_lists(self: RunFolder):
     "Raise `UserError` for a list that is not as it was written."
     redrawn = f'{STATE}/{self.redrawn.name}/'
@@ -481,19 +418,18 @@ def check_lists(self: RunFolder):
     if self.dropped.exists():  # who deletes it wants the images back
         self.digests.check(self.dropped, DROPPED)
 
-# %% ../../nbs/run/folders.ipynb #325d477b
+# %% ../../nbs/run/folders.ipynb #f3b2bf16
 @patch
 def mend_lists(self: RunFolder):
     "Remove damaged lists that a run makes again. Raises `UserError` for others."
     if self.dropped.exists():
         self.digests.check(self.dropped, DROPPED)
     for file in self.redrawn.glob('*.jsonl'):
-        try:
-            self.digests.check(file, AGAIN)
-            read_rows(file)
-        except UserError as e:
-            warnings.warn(f'{e}; its batch is made again')
-            file.unlink()
+        if self.digests.name(file) in self.digests.noted:
+            found = self.digests.damage(file)
+            if found:
+                warnings.warn(f'{file}: was damaged ({found}); its batch is made again')
+                file.unlink()
 
 
 @patch
@@ -524,7 +460,7 @@ def damage(
     "What is wrong with a row's image, in words; empty where nothing is."
     return self.digests.damage(self.file(row), verify)
 
-# %% ../../nbs/run/folders.ipynb #d3844459
+# %% ../../nbs/run/folders.ipynb #8a10e6a7
 @patch
 def settle(self: RunFolder):
     "Move images aside and back, as the list of the dropped ones says."
@@ -541,25 +477,22 @@ def settle(self: RunFolder):
 @patch
 def aside_file(self: RunFolder, row: dict) -> Path:
     "Where a row's image is while it is left out."
-    aside = self.aside.relative_to(self.path) / str(row['attempt'])
-    here = inside(self.path / aside, row['file_name'])
-    return inside(self.path, here.relative_to(self.path).as_posix())
+    return inside(self.aside / str(row['attempt']), row['file_name'])
 
 
 @patch
 def choose(self: RunFolder, **changes):
-    "Write down what is new in `Choices`, and let the files follow."
+    "Write down new `dropped`, `refilled` or `filtered`, and let the files follow."
     write_record(self.choices, self.chosen() | changes)
     self.settle()
 
-# %% ../../nbs/run/folders.ipynb #ab55511b
+# %% ../../nbs/run/folders.ipynb #f43e25a0
 @contextlib.contextmanager
 def held(
     folder: RunFolder,
     number: int = 0,  # of this process, where several share a run
 ):
-    """Hold the folder's lock for the time of the block, or raise `UserError`. What a killed
-    process left half-written goes."""
+    "Hold the folder's lock for the time of the block, or raise `UserError`."
     from filelock import FileLock, Timeout
 
     lock = FileLock(folder.state / f'lock{number or ""}')
@@ -571,8 +504,6 @@ def held(
         )
         raise UserError(f'{text} another folder') from e
     try:
-        if processes().num_processes == 1:
-            remove_unfinished(folder.path)
         yield
     finally:
         lock.release()
