@@ -137,7 +137,12 @@ SHORT = dict(shots=2, trials=1, quick=True)
     [
         ('ood', 'aviary', dict(methods='original,diff-ii'), 2),
         ('long-tail', 'digits', dict(methods='CE,diff-ii', imbalance=20, shots=()), 2),
-        ('few-shot', 'digits', dict(methods='mixup,diff-mix + trivial-augment'), 2),
+        (
+            'few-shot',
+            'digits',
+            dict(methods='mixup,diff-ii + rand-augment', shots=1),
+            2,
+        ),
         ('ablation', 'digits', {}, 6),
         ('split', 'digits', dict(values='0,1'), 3),
         ('forward', 'aviary', dict(values='1,3'), 3),
