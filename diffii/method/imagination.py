@@ -6,14 +6,10 @@
 __all__ = ['Guide', 'classifier_look', 'clip_look', 'train_guide', 'guide_of', 'informativeness', 'change', 'group_means',
            'directions', 'imagine', 'first_change']
 
-# %% ../../nbs/method/imagination.ipynb #40fb9cbf
+# %% ../../nbs/method/imagination.ipynb #7c4f21e5
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-
-import torch
-from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as V
 
 from ..base.backbones import build_model, head_of
 from ..base.embeddings import named_clip
@@ -22,6 +18,10 @@ from ..base.pipeline import Pipeline
 from ..base.processes import processes
 from ..base.settings import ClassifierSettings, GuideSettings
 from .classifier import train_classifier
+
+import torch
+from torch.nn import functional as F
+from torchvision.transforms.v2 import functional as V
 
 # %% ../../nbs/method/imagination.ipynb #66e4d936
 @dataclass

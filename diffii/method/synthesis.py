@@ -232,7 +232,7 @@ def _seed_image(row):
     "The training image that a row is made from."
     return row['source_label'], row['sources'][0]
 
-# %% ../../nbs/method/synthesis.ipynb #1e46f287
+# %% ../../nbs/method/synthesis.ipynb #e936c277
 def start_latents(
     rows: list,  # of one batch
     pool: InversionPool | None,
@@ -259,7 +259,7 @@ def _source_latents(rows, pool, side):
         found.append(pool.latents[k][pool.names[k].index(row['sources'][side])])
     return torch.stack(found)
 
-
+# %% ../../nbs/method/synthesis.ipynb #2f173124
 def _own_noise(row, pipe):
     "The noise that belongs to one row."
     return torch.randn(pipe.latent_shape, generator=_row_generator(row, 'noise'))
@@ -285,7 +285,7 @@ def fresh_noise(
         drawn.append(torch.randn(shape, generator=generator(*key)))
     return torch.stack(drawn, 1)
 
-# %% ../../nbs/method/synthesis.ipynb #6cd24fc2
+# %% ../../nbs/method/synthesis.ipynb #a8c3bbc4
 def make_batch(
     pipe: Pipeline,
     concepts: Concepts,  # attached to `pipe` by the caller
@@ -302,7 +302,7 @@ def make_batch(
         if pipe.micro_batch == began:
             return images  # else memory ran out: all of it again in the smaller parts
 
-
+# %% ../../nbs/method/synthesis.ipynb #c44f2f08
 def _make_batch(pipe, concepts, pool, rows):
     "Images of the rows; None where one is not finite, flagged, or of one colour."
     make = _edited if rows[0]['start'] == 'edit' else _sampled
@@ -318,7 +318,7 @@ def _decoded(pipe, latents):
     finite = latents.isfinite().flatten(1).all(1).tolist()
     return pipe.decode_latents(latents.nan_to_num(0.0, 0.0, 0.0)), finite
 
-
+# %% ../../nbs/method/synthesis.ipynb #8f2e5b25
 def _sampled(pipe, concepts, pool, rows):
     "Start, denoise, decode."
     row = rows[0]
@@ -336,7 +336,7 @@ def _sampled(pipe, concepts, pool, rows):
         latents = torch.where(finite, changed, latents)
     return _decoded(pipe, latents)
 
-
+# %% ../../nbs/method/synthesis.ipynb #6d8006df
 def _edited(pipe, concepts, pool, rows):
     "Edit, decode, join with the training image and blend a fractal in."
     text = f'{rows[0]["method"]}: needs the settings of its edits; set pipe.editing'
@@ -350,7 +350,7 @@ def _edited(pipe, concepts, pool, rows):
     mixed = [mix(a, b, _row_generator(row, 'mix'), settings) for a, b, row in parts]
     return mixed, finite
 
-
+# %% ../../nbs/method/synthesis.ipynb #9bd86726
 def _imagined(pipe, concepts, rows, latents):
     "Latents changed as the guide wants them; each row begins with a change of its own."
     text = f'{rows[0]["method"]}: needs a guide; attach one of method.imagination'
@@ -362,7 +362,7 @@ def _imagined(pipe, concepts, rows, latents):
     groups = torch.tensor([seeds.index(seed) for seed in seeds])
     return imagine(pipe, latents, start, labels, groups)
 
-
+# %% ../../nbs/method/synthesis.ipynb #2e1e370a
 def _prompts(pipe, concepts, rows):
     "Encoded prompts of the rows, plain and with their suffixes."
     labels = [concepts.classes.index(row['label']) for row in rows]

@@ -104,7 +104,7 @@ def load_concepts(
     of_run = tuple(about['classes']), about['metaclass'], named, about['base']
     return Concepts(*of_run, [], {})
 
-# %% ../../nbs/run/review.ipynb #8f8e6bd9
+# %% ../../nbs/run/review.ipynb #b572280c
 def remake(
     pipe: Pipeline,  # the model that the folder was made with
     path,  # an output folder
@@ -150,7 +150,7 @@ def made_with(
             stack.enter_context(edits_of(pipe, edit))
         yield concepts
 
-
+# %% ../../nbs/run/review.ipynb #b14281cb
 def _few_step_of(pipe, about):
     "The few-step weights of a run, None where it had none."
     if not about.get('few_step'):

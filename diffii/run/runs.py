@@ -532,7 +532,7 @@ def synthesize(
         processes().wait_for_everyone()
         return load_synthetic(out)
 
-# %% ../../nbs/run/runs.ipynb #016b1330
+# %% ../../nbs/run/runs.ipynb #cfa79cf4
 def _make_all(run, concepts):
     "Inversions, plan, images, filter, metadata; the concepts are attached."
     pool, settings, ps = _pool(run, concepts), run.settings.sampling, processes()
@@ -556,7 +556,7 @@ def _make_all(run, concepts):
         if ps.is_main_process:
             write_metadata(run.folder)
 
-
+# %% ../../nbs/run/runs.ipynb #65c6dbea
 def _guide(run, concepts):
     "A block with the guide of the method, or the settings of its edits, if it has any."
     if run.edits:
