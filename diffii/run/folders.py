@@ -7,17 +7,18 @@ __all__ = ['CLUTTER', 'FORMAT', 'BEFORE', 'ASIDE', 'LOST', 'LEAST', 'MOST', 'N_S
            'DROPPED', 'PATIENCE', 'holds_run', 'differences', 'claim', 'Head', 'run_record', 'tentative', 'Row',
            'read_rows', 'RunRecord', 'Choices', 'ImageScores', 'RunFolder', 'held', 'bring_up']
 
-# %% ../../nbs/run/folders.ipynb #0d4da35f
+# %% ../../nbs/run/folders.ipynb #132ac418
 import contextlib
 import json
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from ..base.files import IMAGES, UserError, require, write_json
+from ..base.files import IMAGES, UserError, remove_unfinished, require
+from ..base.files import write_json
 from ..base.processes import processes
 from fastcore.basics import patch
 from diffii.base.records import (
@@ -265,7 +266,7 @@ class RunRecord(Head):
         ok = self.size >= 8 and self.batch_size >= 1
         require(ok, 'size and batch_size should be 8 and 1 or more')
 
-# %% ../../nbs/run/folders.ipynb #baa46848
+# %% ../../nbs/run/folders.ipynb #7af6d2e5
 @dataclass
 class Choices:
     "What of the plan is used: `choices.json`."
@@ -273,6 +274,8 @@ class Choices:
     dropped: dict[str, str]  # images that are left out, and why
     refilled: list[Row]  # rows of images that replace others, from another seed
     filtered: list[dict]  # settings of the filters that were applied
+    # images that a refill has planned and not finished
+    refilling: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -320,13 +323,19 @@ class RunFolder:
         "Where a row's image is, or will be. Raises `UserError` for a place outside."
         return inside(self.path, row['file_name'])
 
-# %% ../../nbs/run/folders.ipynb #164d54a9
+# %% ../../nbs/run/folders.ipynb #f2b33ca8
 @patch
 def chosen(self: RunFolder) -> dict:
     "What was dropped and why, the rows that came instead, and the filters applied."
     none = dict(dropped={}, refilled=[], filtered=[])
     there = self.choices.is_file()
     return read_record(self.choices, Choices, DROPPED) if there else none
+
+
+@patch
+def refilling(self: RunFolder) -> list:
+    "The images that a refill has planned and not finished."
+    return self.chosen().get('refilling', [])
 
 
 @patch
@@ -460,7 +469,7 @@ def damage(
     "What is wrong with a row's image, in words; empty where nothing is."
     return self.digests.damage(self.file(row), verify)
 
-# %% ../../nbs/run/folders.ipynb #8a10e6a7
+# %% ../../nbs/run/folders.ipynb #d6994f3b
 @patch
 def settle(self: RunFolder):
     "Move images aside and back, as the list of the dropped ones says."
@@ -482,17 +491,18 @@ def aside_file(self: RunFolder, row: dict) -> Path:
 
 @patch
 def choose(self: RunFolder, **changes):
-    "Write down new `dropped`, `refilled` or `filtered`, and let the files follow."
+    "Write down what is new in `Choices`, and let the files follow."
     write_record(self.choices, self.chosen() | changes)
     self.settle()
 
-# %% ../../nbs/run/folders.ipynb #f43e25a0
+# %% ../../nbs/run/folders.ipynb #ab55511b
 @contextlib.contextmanager
 def held(
     folder: RunFolder,
     number: int = 0,  # of this process, where several share a run
 ):
-    "Hold the folder's lock for the time of the block, or raise `UserError`."
+    """Hold the folder's lock for the time of the block, or raise `UserError`. What a killed
+    process left half-written goes."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(folder.state / f'lock{number or ""}')
@@ -504,6 +514,8 @@ def held(
         )
         raise UserError(f'{text} another folder') from e
     try:
+        if processes().num_processes == 1:
+            remove_unfinished(folder.path)
         yield
     finally:
         lock.release()

@@ -466,7 +466,7 @@ def write_metadata(folder: RunFolder):
     folder.write_rows(folder.metadata, rows)
     write_card(folder)
 
-# %% ../../nbs/run/runs.ipynb #9e6d7b91
+# %% ../../nbs/run/runs.ipynb #2697e15c
 @contextmanager
 def _taken(run, record):
     "Take the folder for the time of the block, or raise `UserError`."
@@ -479,10 +479,7 @@ def _taken(run, record):
 
 
 def _tidy(run):
-    "Write the settings down, and remove what a killed run left half-written."
-    if processes().num_processes == 1:
-        for file in run.folder.path.rglob('.*.tmp'):
-            file.unlink()
+    "Write the settings down, and bring files and lists in order."
     if processes().is_main_process:
         run.folder.settle()
         run.folder.write_text(run.folder.settings, config_text(run.in_force()))
@@ -532,7 +529,7 @@ def synthesize(
         processes().wait_for_everyone()
         return load_synthetic(out)
 
-# %% ../../nbs/run/runs.ipynb #cfa79cf4
+# %% ../../nbs/run/runs.ipynb #107389ed
 def _make_all(run, concepts):
     "Inversions, plan, images, filter, metadata; the concepts are attached."
     pool, settings, ps = _pool(run, concepts), run.settings.sampling, processes()
@@ -551,6 +548,8 @@ def _make_all(run, concepts):
             make_missing(*parts)
         ps.wait_for_everyone()
         if ps.is_main_process:
+            if run.folder.refilling():
+                run.folder.choose(refilling=[])
             _filter(run, concepts, plan)
     finally:
         if ps.is_main_process:
