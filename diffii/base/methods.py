@@ -30,7 +30,7 @@ class Method:
     imagined: bool = False  # a guide changes the latents after sampling
     paper: str = ''  # where it comes from
 
-# %% ../../nbs/base/methods.ipynb #6506daed
+# %% ../../nbs/base/methods.ipynb #8976e096
 METHODS = {
     'original': Method('none', 'nothing'),
     'real-gen': Method('none', 'noise', paper='arXiv 2210.07574'),
@@ -53,6 +53,11 @@ METHODS = {
     'random-noise': Method(
         'tokens+lora', 'noise', paper='arXiv 2408.16266, Table 4, first row'
     ),
+    # what the contexts of Diff-II do without its circle
+    'random-noise-suffix': Method(
+        'tokens+lora', 'noise', two_stage=True, paper='arXiv 2408.16266, Table 4'
+    ),
+    'diff-aug-suffix': Method('tokens+lora', 'image', 'own', (1.0,), two_stage=True),
     'diff-ii': Method(
         'tokens+lora', 'circle', two_stage=True, paper='arXiv 2408.16266'
     ),

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PROTOCOL', 'Experiment', 'cell_settings', 'classifier_settings', 'given_classifier', 'paper_classifier',
-           'trial_concepts', 'trial_pool', 'make_synthetic', 'oracle', 'measure', 'distances', 'check_clip',
-           'clip_weights', 'classifier_seed', 'train_one', 'mean_scores', 'run_cell', 'check', 'about_run', 'benchmark',
-           'missing_cells', 'is_done', 'run_cells', 'draw_strength_strips']
+           'trial_concepts', 'trial_pool', 'trial_suffixes', 'make_synthetic', 'oracle', 'measure', 'distances',
+           'check_clip', 'clip_weights', 'classifier_seed', 'train_one', 'mean_scores', 'run_cell', 'check',
+           'about_run', 'benchmark', 'missing_cells', 'is_done', 'run_cells', 'draw_strength_strips']
 
-# %% ../../nbs/evaluation/experiments.ipynb #a421ca2c
+# %% ../../nbs/evaluation/experiments.ipynb #a359a737
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -28,6 +28,7 @@ from .tables import RUN_AGAIN, Cell, write_tables
 from .tasks import SHIPPED, Condition, Configuration
 from .tasks import conditions as conditions_of
 from .tasks import open_data_set
+from .verdicts import write_verdicts
 from .workers import alone, shared
 from ..run.folders import claim
 
@@ -103,13 +104,14 @@ def cell_settings(
         run=dict(seed=e.seed + trial),
     )
 
-# %% ../../nbs/evaluation/experiments.ipynb #bfbc8c32
+# %% ../../nbs/evaluation/experiments.ipynb #8c1b4199
 def classifier_settings(
-    experiment: Experiment, configuration: Configuration
+    experiment: Experiment, condition: Condition, configuration: Configuration
 ) -> ClassifierSettings:
     "The settings of the classifier of a configuration."
     short = dict(steps=20, epochs=None) if experiment.quick else {}
-    given = {**experiment.classifier, **configuration.classifier, **short}
+    usual = {**condition.classifier, **experiment.classifier}
+    given = {**usual, **configuration.classifier, **short}
     common = dict(flip=experiment.data.flip, device=experiment.device)
     return ClassifierSettings(**common, **given)
 
@@ -189,7 +191,23 @@ def trial_pool(e: Experiment, condition, trial, train, concepts, settings: Setti
             lambda done, n: e.progress(stage, done, n),
         )
 
-# %% ../../nbs/evaluation/experiments.ipynb #65aab9a2
+# %% ../../nbs/evaluation/experiments.ipynb #fdee3bfc
+def trial_suffixes(e: Experiment, condition, configuration, trial, train) -> list:
+    "The suffixes of a cell: those of the data set, or read off the training images."
+    from diffii.run.contexts import choose_suffixes, kept_suffixes
+
+    if not configuration.captions:
+        return condition.suffixes or e.data.suffixes
+    about = dict(captioner='measure', summariser='cluster', seed=e.seed + trial)
+
+    def choose():
+        return choose_suffixes(None, train.metaclass, train, **about)
+
+    file = e.work(condition, trial, 'suffixes.json')
+    with e.alone(file):
+        return kept_suffixes(file, choose, about)[0]
+
+# %% ../../nbs/evaluation/experiments.ipynb #36075425
 def make_synthetic(e: Experiment, condition, configuration, trial, train):
     "The synthetic set of a cell; None where its configuration makes none."
     from diffii.run.runs import synthesize
@@ -207,6 +225,7 @@ def make_synthetic(e: Experiment, condition, configuration, trial, train):
         if stage == 'images':
             e.progress(f'{condition.name} {trial}: {configuration.name}', done, n)
 
+    suffixes = trial_suffixes(e, condition, configuration, trial, train)
     folder = e.work(condition, trial, folder_name(name))
     with e.alone(folder):
         return synthesize(
@@ -214,7 +233,7 @@ def make_synthetic(e: Experiment, condition, configuration, trial, train):
             train,
             folder,
             settings,
-            condition.suffixes or e.data.suffixes,
+            suffixes,
             concepts,
             pool,
             progress,
@@ -319,14 +338,14 @@ def clip_weights(clip: tuple) -> dict:
     file = tag if Path(tag).is_file() else None
     return dict(model=model, pretrained=tag, weights_file=file)
 
-# %% ../../nbs/evaluation/experiments.ipynb #0011e37b
+# %% ../../nbs/evaluation/experiments.ipynb #1afda880
 def classifier_seed(e: Experiment, trial: int, c: int) -> int:
     "The seed of the c-th classifier of a cell; the first has the trial's own."
     own = e.seed + trial
     return seed_of(own, 'classifier', c) if c else own
 
 
-def train_one(e: Experiment, configuration, trial: int, c: int, images) -> dict:
+def train_one(e: Experiment, condition, configuration, trial, c: int, images) -> dict:
     "Train the c-th classifier of a cell; its scores in percent."
     from diffii.evaluation.long_tail import long_tail_callbacks
     from diffii.method.classifier import train_classifier
@@ -337,14 +356,14 @@ def train_one(e: Experiment, configuration, trial: int, c: int, images) -> dict:
         train,
         test,
         made,
-        classifier_settings(e, configuration),
+        classifier_settings(e, condition, configuration),
         seed=seed,
         progress=False,
         callbacks=long_tail_callbacks(configuration.long_tail or 'CE', seed),
     )
     return dict(seed=seed) | _scores(e.task, result, train)
 
-# %% ../../nbs/evaluation/experiments.ipynb #98d9dd5f
+# %% ../../nbs/evaluation/experiments.ipynb #e49612e5
 def _scores(task, result, train) -> dict:
     "Accuracies of one classifier in percent."
     from diffii.evaluation.long_tail import group_accuracy, shot_groups
@@ -357,8 +376,9 @@ def _scores(task, result, train) -> dict:
         top5=None if result.top5 is None else 100 * result.top5,
         per_class=percent(result.per_class),
     )
-    if task == 'ood':
+    if task == 'ood':  # as the paper: every group counts the same
         found['groups'] = percent(result.per_group)
+        found['accuracy'] = float(np.mean(list(found['groups'].values())))
     if task == 'long-tail':
         bounds = (100, 20) if train.counts.max() > 100 else None
         found['groups'] = percent(group_accuracy(result, shot_groups(train, bounds)))
@@ -376,7 +396,7 @@ def mean_scores(scores: list) -> dict:
             found[name] = float(np.mean(values))
     return found
 
-# %% ../../nbs/evaluation/experiments.ipynb #e357024f
+# %% ../../nbs/evaluation/experiments.ipynb #6f3e0bd6
 def run_cell(e: Experiment, condition, configuration, trial: int) -> dict:
     "Make the images of a cell, measure them, and train the classifiers that it lacks."
     import time
@@ -395,13 +415,14 @@ def run_cell(e: Experiment, condition, configuration, trial: int) -> dict:
     stage = f'{condition.name} {trial}: {configuration.name}, classifiers'
     for c in range(len(scores), e.settings.trials.classifiers):
         e.progress(stage, c, e.settings.trials.classifiers)
-        scores.append(train_one(e, configuration, trial, c, (train, test, made)))
+        of_cell = condition, configuration, trial, c
+        scores.append(train_one(e, *of_cell, (train, test, made)))
         cell |= mean_scores(scores) | dict(classifiers=scores)
         write_record(file, cell | dict(seconds=before + time.time() - began))
     e.progress(stage, len(scores), len(scores))
     return read_record(file, Cell, RUN_AGAIN)
 
-# %% ../../nbs/evaluation/experiments.ipynb #7b7fe3cc
+# %% ../../nbs/evaluation/experiments.ipynb #db75126d
 def check(e: Experiment, grid_: list):
     "Raise `UserError` for what cannot be run of a grid of conditions."
     from diffii.base.backbones import build_model
@@ -417,7 +438,7 @@ def check(e: Experiment, grid_: list):
         same = tuple(test.classes) == tuple(train.classes)
         require(same, '--test: its categories differ from those of the training set')
         for configuration in condition.configurations:
-            classifier_settings(e, configuration)
+            classifier_settings(e, condition, configuration)
         network = ClassifierSettings(**e.classifier)
         about = len(train.classes), network.size, network.pretrained
         build_model(network.arch, *about)
@@ -475,7 +496,7 @@ def about_run(e: Experiment, dataset: str) -> dict:
     given = dict(concepts=s.concepts, classifier=e.classifier)
     return about | dict(model=model) | given | which
 
-# %% ../../nbs/evaluation/experiments.ipynb #47c7e2d3
+# %% ../../nbs/evaluation/experiments.ipynb #ccda889a
 def benchmark(
     task: str = 'few-shot',  # one of `TASKS`
     dataset: str = 'digits',  # see `open_data_set`
@@ -502,7 +523,9 @@ def benchmark(
         return None
     run_cells(e, todo)
     arch = ClassifierSettings(**classifier).arch
-    return write_tables(e.out, task, grid_, arch)
+    table = write_tables(e.out, task, grid_, arch)
+    write_verdicts(e.out)
+    return table
 
 
 def missing_cells(

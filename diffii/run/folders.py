@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['CLUTTER', 'FORMAT', 'BEFORE', 'ASIDE', 'LOST', 'LEAST', 'MOST', 'N_SOURCES', 'AGAIN', 'write_rows', 'STATE', 'RECORD',
-           'DROPPED', 'PATIENCE', 'holds_run', 'differences', 'claim', 'Head', 'run_record', 'tentative', 'Row',
-           'read_rows', 'RunRecord', 'Choices', 'ImageScores', 'RunFolder', 'held', 'bring_up']
+           'DROPPED', 'PATIENCE', 'holds_run', 'check_links', 'differences', 'claim', 'Head', 'run_record', 'tentative',
+           'Row', 'read_rows', 'iter_rows', 'RunRecord', 'Choices', 'ImageScores', 'RunFolder', 'held', 'bring_up']
 
-# %% ../../nbs/run/folders.ipynb #132ac418
+# %% ../../nbs/run/folders.ipynb #1b756d29
 import contextlib
 import json
 import math
 import warnings
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,7 @@ from fastcore.basics import patch
 from diffii.base.records import (
     dump_lines,
     inside,
+    iter_lines,
     read_lines,
     read_record,
     short,
@@ -35,7 +37,7 @@ from ..base.settings import InversionSettings, SamplingSettings
 from .digests import Digests
 from fastcore.basics import patch
 
-# %% ../../nbs/run/folders.ipynb #1a0898e0
+# %% ../../nbs/run/folders.ipynb #8c600872
 CLUTTER = {'.DS_Store', 'Thumbs.db', 'desktop.ini'}  # what file managers leave behind
 
 
@@ -46,6 +48,7 @@ def holds_run(
     "Does a folder hold a run? `UserError` where it has other files; nothing is written."
     out = Path(out)
     require(not out.exists() or out.is_dir(), f'--out {out}: is a file; give a folder')
+    check_links(out)
     if (out / record).is_file() or not out.is_dir():
         return (out / record).is_file()
     others = _other_files(out, record)
@@ -54,6 +57,14 @@ def holds_run(
     text = f'--out {out}: holds other files ({names}); give a new or empty folder'
     require(begun or not others, text)
     return begun
+
+
+def check_links(out):
+    "Raise `UserError` where a link leads from a run's state out of its folder."
+    state = Path(out) / STATE
+    for path in (state, *state.glob('*'), *state.glob('concepts/*')):
+        if path.is_symlink():
+            inside(out, path.relative_to(out).as_posix())
 
 
 def _other_files(out, record):
@@ -219,7 +230,7 @@ class Row:
         known = self.start in ('noise', 'edit') or self.strength is not None
         require(known, f'strength is missing, for the start {self.start!r}')
 
-# %% ../../nbs/run/folders.ipynb #7ae6ff47
+# %% ../../nbs/run/folders.ipynb #c5a94d83
 AGAIN = 'restore it, or run the command that made it again'
 
 
@@ -230,6 +241,11 @@ def read_rows(
     return read_lines(file, Row, AGAIN)
 
 
+def iter_rows(file):  # yields dicts
+    "The rows in a file one at a time, see `read_rows`."
+    return iter_lines(file, Row, AGAIN) if Path(file).exists() else iter(())
+
+
 write_rows = write_lines
 
 # %% ../../nbs/run/folders.ipynb #89ba00fd
@@ -237,7 +253,7 @@ STATE = '.diffii'  # folder of the run's state inside the output folder
 RECORD = f'{STATE}/run.json'
 DROPPED = 'restore it, or delete it to have the dropped images back'
 
-# %% ../../nbs/run/folders.ipynb #d90860d5
+# %% ../../nbs/run/folders.ipynb #9d965e60
 @dataclass(kw_only=True)
 class RunRecord(Head):
     "What decides the images of a run: `run.json`."
@@ -257,6 +273,7 @@ class RunRecord(Head):
     sampling: SamplingSettings
     given: str | None = None  # digest of concepts that were learned elsewhere
     few_step: str | None = None  # digest of few-step weights
+    words: list[str] | None = None  # for categories that are called by name
     guide: GuideSettings | None = None  # of the method gif
     edit: EditSettings | None = None  # of the method diffuse-mix
     vae_tiling: bool = False
@@ -286,7 +303,7 @@ class ImageScores:
     # of each image its attempt, and the score or None
     scores: dict[str, tuple[int, float | None]]
 
-# %% ../../nbs/run/folders.ipynb #39fb18a9
+# %% ../../nbs/run/folders.ipynb #3dedfb38
 class RunFolder:
     "The output folder of a run: where things are, and what they say."
 
@@ -312,12 +329,17 @@ class RunFolder:
         self.scores = self.state / 'scores.json'
 
     def about(self) -> dict:
-        "The run's record. Raises `UserError` where there is none."
-        text = f'{self.path}: not a folder of synthetic images with its {STATE} folder'
-        require(self.record.is_file(), text)
-        found = run_record(self.path, RECORD, RunRecord)
+        "The run's record. Raises `UserError` where there is none, or a list is damaged."
+        found = self.begun()
         self.check_lists()
         return found
+
+    def begun(self) -> dict:
+        "The run's record, whatever became of its lists. Raises `UserError`."
+        check_links(self.path)
+        text = f'{self.path}: not a folder of synthetic images with its {STATE} folder'
+        require(self.record.is_file(), text)
+        return run_record(self.path, RECORD, RunRecord)
 
     def file(self, row: dict) -> Path:
         "Where a row's image is, or will be. Raises `UserError` for a place outside."
@@ -352,40 +374,67 @@ def dropped_names(self: RunFolder) -> set:
     far = read_record(self.dropped, list[str], DROPPED) if there else []
     return {*far, *self.chosen()['dropped']}
 
-# %% ../../nbs/run/folders.ipynb #466c76a5
+# %% ../../nbs/run/folders.ipynb #9acac527
 @patch
-def planned_rows(self: RunFolder) -> list:
+def planned_rows(self: RunFolder):  # yields rows
     "The plan, and behind it the rows of images that replace others."
-    return read_rows(self.plan) + self.chosen()['refilled']
+    return chain(iter_rows(self.plan), self.chosen()['refilled'])
 
 
 @patch
-def all_rows(self: RunFolder) -> list:
+def redrawn_rows(self: RunFolder, batch: int) -> list:
+    "The rows that came in the place of those of a batch."
+    return read_rows(self.redrawn / f'{batch}.jsonl')
+
+
+@patch
+def all_rows(self: RunFolder):  # yields rows
     "What is planned, and behind it the rows that came in the place of failures."
     later = sorted(self.redrawn.glob('*.jsonl'))
-    return self.planned_rows() + [r for file in later for r in read_rows(file)]
+    return chain(self.planned_rows(), *map(iter_rows, later))
 
-# %% ../../nbs/run/folders.ipynb #304f5c27
+# %% ../../nbs/run/folders.ipynb #f517102d
 @patch
-def last_rows(self: RunFolder) -> list:
+def last_rows(self: RunFolder):  # yields rows
     "The last attempt at each planned image, of those that are left out too."
-    attempts = sorted(self.all_rows(), key=_attempt)
-    return list({row['file_name']: row for row in attempts}.values())
+    refilled = self._refilled()
+
+    @lru_cache(64)  # batches whose rows stand side by side in the plan
+    def redrawn(batch):
+        return _by_name(self.redrawn_rows(batch))
+
+    for row in iter_rows(self.plan):
+        name = row['file_name']
+        yield refilled.get(name) or redrawn(row['batch']).get(name, row)
 
 
 @patch
-def final_rows(self: RunFolder) -> list:
-    "The last attempt at each image that is not left out, with scores, in the plan's order."
-    gone, last = self.dropped_names(), {r['file_name']: r for r in self.last_rows()}
-    scores = self.image_scores()
-    names = [row['file_name'] for row in read_rows(self.plan)]
-    return [_scored(last[name], scores) for name in names if name not in gone]
+def _refilled(self: RunFolder) -> dict:  # name -> row
+    "The last attempts at images that replace others."
+    rows = self.chosen()['refilled']
+    batches = dict.fromkeys(row['batch'] for row in rows)
+    return _by_name(chain(rows, *map(self.redrawn_rows, batches)))
 
-# %% ../../nbs/run/folders.ipynb #36942bf8
+
+def _by_name(rows):
+    "Of each name the last attempt."
+    attempts = sorted(rows, key=_attempt)
+    return {row['file_name']: row for row in attempts}
+
+
 def _attempt(row):
     return row['attempt']
 
 
+@patch
+def final_rows(self: RunFolder):  # yields rows
+    "The last attempt at each image that is not left out, with scores, in the plan's order."
+    gone, scores = self.dropped_names(), self.image_scores()
+    for row in self.last_rows():
+        if row['file_name'] not in gone:
+            yield _scored(row, scores)
+
+# %% ../../nbs/run/folders.ipynb #2f6023cb
 def _scored(row, scores):
     "A row with the scores that its image was given; another attempt's are not its own."
     found = {}
@@ -395,7 +444,7 @@ def _scored(row, scores):
             found[name] = number
     return {**row, 'scores': found} if found else row
 
-# %% ../../nbs/run/folders.ipynb #8104d13b
+# %% ../../nbs/run/folders.ipynb #d9378723
 @patch
 def write_rows(self: RunFolder, file, rows):
     "Write rows and note their digest."
@@ -418,6 +467,12 @@ def write_text(self: RunFolder, file, text: str):
 
 
 @patch
+def settle_digests(self: RunFolder):
+    "Bring all digests into one list; those of dropped images are kept."
+    self.digests.settle(row['file_name'] for row in iter_rows(self.plan))
+
+
+@patch
 def check_lists(self: RunFolder):
     "Raise `UserError` for a list that is not as it was written."
     redrawn = f'{STATE}/{self.redrawn.name}/'
@@ -427,18 +482,19 @@ def check_lists(self: RunFolder):
     if self.dropped.exists():  # who deletes it wants the images back
         self.digests.check(self.dropped, DROPPED)
 
-# %% ../../nbs/run/folders.ipynb #f3b2bf16
+# %% ../../nbs/run/folders.ipynb #325d477b
 @patch
 def mend_lists(self: RunFolder):
     "Remove damaged lists that a run makes again. Raises `UserError` for others."
     if self.dropped.exists():
         self.digests.check(self.dropped, DROPPED)
     for file in self.redrawn.glob('*.jsonl'):
-        if self.digests.name(file) in self.digests.noted:
-            found = self.digests.damage(file)
-            if found:
-                warnings.warn(f'{file}: was damaged ({found}); its batch is made again')
-                file.unlink()
+        try:
+            self.digests.check(file, AGAIN)
+            read_rows(file)
+        except UserError as e:
+            warnings.warn(f'{e}; its batch is made again')
+            file.unlink()
 
 
 @patch
@@ -469,7 +525,7 @@ def damage(
     "What is wrong with a row's image, in words; empty where nothing is."
     return self.digests.damage(self.file(row), verify)
 
-# %% ../../nbs/run/folders.ipynb #d6994f3b
+# %% ../../nbs/run/folders.ipynb #d3844459
 @patch
 def settle(self: RunFolder):
     "Move images aside and back, as the list of the dropped ones says."
@@ -486,7 +542,9 @@ def settle(self: RunFolder):
 @patch
 def aside_file(self: RunFolder, row: dict) -> Path:
     "Where a row's image is while it is left out."
-    return inside(self.aside / str(row['attempt']), row['file_name'])
+    aside = self.aside.relative_to(self.path) / str(row['attempt'])
+    here = inside(self.path / aside, row['file_name'])
+    return inside(self.path, here.relative_to(self.path).as_posix())
 
 
 @patch

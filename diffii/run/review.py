@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['status', 'damaged_files', 'per_minute', 'load_concepts', 'remake', 'made_with']
 
-# %% ../../nbs/run/review.ipynb #dbb7feed
+# %% ../../nbs/run/review.ipynb #2d4dbbe7
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 
@@ -17,53 +17,58 @@ from ..method.concepts import CheckpointNotes, Concepts
 from ..method.editing import edits_of
 from ..method.few_step import open_few_step
 from ..method.synthesis import make_batch
-from .folders import AGAIN, RunFolder, read_rows
+from .folders import AGAIN, RunFolder, iter_rows
 from .guides import open_guide
 from .pools import load_pool
-from .runs import by_batch
 
-# %% ../../nbs/run/review.ipynb #6dd8a5b3
+# %% ../../nbs/run/review.ipynb #4c096461
 def status(
     path,  # an output folder
     verify: bool = False,  # read every file and compare its SHA-256, not its size alone
 ) -> dict:
     "What is done, missing and damaged. Raises `UserError` for a folder of no run."
     folder = RunFolder(path)
-    about, rows = folder.about(), folder.final_rows()
-    missing = [row for row in rows if not folder.file(row).is_file()]
-    damaged = damaged_files(folder, rows, verify)
-    inverted = len(list(folder.pool.glob('*.safetensors')))
+    about, damaged = folder.about(), damaged_files(folder, verify)
     later = {row['file_name'] for row in folder.chosen()['refilled']}
-    first = [row for row in rows if row['file_name'] not in later]
+    planned, missing, redrawn, refilled = 0, Counter(), 0, 0
+    for row in folder.final_rows():
+        planned += 1
+        again = row['file_name'] in later
+        refilled += again
+        redrawn += row['attempt'] > 0 and not again
+        if not folder.file(row).is_file():
+            missing[row['label']] += 1
+        elif found := folder.damage(row, verify):
+            damaged[row['file_name']] = found
+    images = [name for name in damaged if name.startswith(f'{IMAGES}/')]
+    inverted = len(list(folder.pool.glob('*.safetensors')))
+    first = (row for row in folder.final_rows() if row['file_name'] not in later)
     return dict(
         method=about['sampling']['method'],
         model=about['model'],
         concepts=_learned(folder, about),
         inverted=f'{inverted} of {len(about["classes"])} categories',
-        planned=len(rows) or None,  # None where there is no plan yet
-        done=len(rows) - len(missing) - sum(r['file_name'] in damaged for r in rows),
-        missing=dict(Counter(row['label'] for row in missing)) if rows else None,
+        planned=planned or None,  # None where there is no plan yet
+        done=planned - missing.total() - len(images),
+        missing=dict(missing) if planned else None,
         damaged=damaged,
-        redrawn=sum(row['attempt'] > 0 for row in first),
-        refilled=len(rows) - len(first),
+        redrawn=redrawn,
+        refilled=refilled,
         dropped=len(folder.chosen()['dropped']),
         per_minute=per_minute(first, folder),
     )
 
-# %% ../../nbs/run/review.ipynb #9cbd1a0f
+# %% ../../nbs/run/review.ipynb #4fa207ec
 def damaged_files(
     folder: RunFolder,
-    rows: list,  # of the images that should be there
     verify: bool = False,  # compare digests, not sizes alone
 ) -> dict:  # name -> what is wrong, in words
-    "The files of a run that are not as they were written."
-    images = {r['file_name'] for r in rows if folder.file(r).is_file()}
+    "The files of a run, but for its images, that are not as they were written."
     names = [n for n in folder.digests.noted if not n.startswith(f'{IMAGES}/')]
-    names += sorted(images)
     found = {n: folder.digests.damage(inside(folder.path, n), verify) for n in names}
     return {name: why for name, why in found.items() if why}
 
-# %% ../../nbs/run/review.ipynb #58ac007f
+# %% ../../nbs/run/review.ipynb #c2b393bf
 def _learned(folder, about):
     "How far concept learning is, in words."
     if about['concepts'] is None:
@@ -77,16 +82,17 @@ def _learned(folder, about):
 
 
 def per_minute(
-    rows: list,
+    rows,
     folder: RunFolder,
 ) -> float | None:  # None where the images there are of one batch, or none
     "Images per minute, from the end of the first batch to the end of the last."
-    ends = []  # of each batch of which something is there: (time, images)
-    for batch in by_batch(rows):
-        files = [folder.file(row) for row in batch if folder.file(row).is_file()]
-        if files:
-            ends.append((max(f.stat().st_mtime for f in files), len(files)))
-    ends.sort()
+    ends = {}  # of each batch of which something is there: (time, images)
+    for row in rows:
+        file = folder.file(row)
+        if file.is_file():
+            end, images = ends.get(row['batch'], (0, 0))
+            ends[row['batch']] = max(end, file.stat().st_mtime), images + 1
+    ends = sorted(ends.values())
     span = ends[-1][0] - ends[0][0] if ends else 0
     images = sum(count for _, count in ends[1:])
     return round(60 * images / span, 1) if span else None
@@ -161,7 +167,7 @@ def _few_step_of(pipe, about):
     require(found.digest() == about['few_step'], f'{text} with; put the old ones back')
     return found
 
-# %% ../../nbs/run/review.ipynb #d8521660
+# %% ../../nbs/run/review.ipynb #37452643
 def _pool_of(folder, classes, batch):
     "The inversions of a run, which must have those that a batch was made from."
     for file in sorted(folder.pool.glob('*.safetensors')):
@@ -175,9 +181,10 @@ def _pool_of(folder, classes, batch):
 
 def _row_of(folder, file_name):
     "The row of an image."
-    rows = {row['file_name']: row for row in read_rows(folder.metadata)}
-    require(file_name in rows, f'{file_name}: no such image in {folder.metadata}')
-    return rows[file_name]
+    rows = (r for r in iter_rows(folder.metadata) if r['file_name'] == file_name)
+    row = next(rows, None)
+    require(row, f'{file_name}: no such image in {folder.metadata}')
+    return row
 
 
 def _batch_of(folder, row):
