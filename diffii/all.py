@@ -54,6 +54,7 @@ from .run.sharing import push
 from .run.runs import SyntheticSet, load_synthetic, synthesize
 from .evaluation.classifier_files import load_classifier, save_classifier
 from .evaluation.experiments import benchmark
+from .evaluation.claims import claims_on
 from .evaluation.gallery import write_review
 from .evaluation.long_tail import (
     CMO,

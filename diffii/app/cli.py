@@ -319,7 +319,7 @@ def speed(
     if memory:
         print(growth_table(model).round(1).to_string(index=False))
 
-# %% ../../nbs/app/cli.ipynb #7b32487e
+# %% ../../nbs/app/cli.ipynb #f8ff627e
 TaskArgument = typer.Argument(
     help='few-shot, long-tail, ood, ablation, split, expansion, guidance, forward, fast, '
     'few-step or strength.'
@@ -341,7 +341,7 @@ FromOption = typer.Option(
     rich_help_panel=FIRST,
 )
 
-
+# %% ../../nbs/app/cli.ipynb #e720714d
 def show_rebuilt(folder):
     "Rebuild what follows from cells, and print it."
     from diffii.evaluation.verdicts import rebuild, summary_lines

@@ -496,7 +496,7 @@ def about_run(e: Experiment, dataset: str) -> dict:
     given = dict(concepts=s.concepts, classifier=e.classifier)
     return about | dict(model=model) | given | which
 
-# %% ../../nbs/evaluation/experiments.ipynb #ccda889a
+# %% ../../nbs/evaluation/experiments.ipynb #96ecd0fa
 def benchmark(
     task: str = 'few-shot',  # one of `TASKS`
     dataset: str = 'digits',  # see `open_data_set`
@@ -527,7 +527,7 @@ def benchmark(
     write_verdicts(e.out)
     return table
 
-
+# %% ../../nbs/evaluation/experiments.ipynb #d7621b8d
 def missing_cells(
     e: Experiment, grid_: list
 ) -> list:  # (condition, configuration, trial)

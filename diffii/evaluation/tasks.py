@@ -18,7 +18,7 @@ from ..base.methods import get_method
 from ..base.settings import FAST, DataSettings, TrialSettings
 from ..data.sets import DataSet, deal, shipped_set
 
-# %% ../../nbs/evaluation/tasks.ipynb #27dc6e90
+# %% ../../nbs/evaluation/tasks.ipynb #a99ceed2
 @dataclass(frozen=True)
 class Configuration:
     "One line of a table: how images are made, and how the classifier is trained."
@@ -33,7 +33,7 @@ class Configuration:
     images: str = ''  # configuration whose images are used; by default its own
     captions: bool = False  # suffixes are read off the training images
 
-
+# %% ../../nbs/evaluation/tasks.ipynb #2d50688f
 # ordinary augmentation, by the names of the tables: `augment` of the classifier
 ORDINARY = {
     'trivial-augment': 'trivial',
@@ -60,7 +60,7 @@ def configuration(name: str) -> Configuration:
         return Configuration(name)
     return Configuration(name, dict(method=name))
 
-
+# %% ../../nbs/evaluation/tasks.ipynb #78ccd275
 # what else may stand behind a method: contexts where it has none, contexts that are read
 # off the training images, and which category a synthetic image is of
 ADDED = ('suffix', 'captions', 'own', 'even', 'inverse')

@@ -1,0 +1,100 @@
+"The paper's claims: which differences they are, and the word for each."
+
+from pathlib import Path
+
+import pytest
+
+from diffii.evaluation.claims import (
+    CLAIMS,
+    Claim,
+    claim_b,
+    claim_e,
+    claim_f,
+    claim_g,
+    claim_table,
+    comparison_table,
+    plot_claims,
+    claims_on,
+)
+from diffii.evaluation.statistics import Comparison, Paired
+
+RESULTS = Path(__file__).parent.parent / 'nbs' / 'results' / 'cells'
+
+
+def claim(*words):
+    found = Paired(1.0, 0.5, 0.01, 10)
+    return Claim(
+        'a', 'it is above', [Comparison('', 'x', 'y', found, verdict=w) for w in words]
+    )
+
+
+@pytest.mark.parametrize(
+    'words, verdict',
+    [
+        ((), 'not tested'),
+        (('better', 'better'), 'holds'),
+        (('better', 'undecided'), 'undecided'),
+        (('better', 'equivalent'), 'undecided'),
+        (('better', 'worse'), 'contradicted'),
+    ],
+)
+def test_the_verdict_of_a_claim(words, verdict):
+    assert claim(*words).verdict == verdict
+
+
+def cell(setting, row, accuracy, **more):
+    return dict(setting=setting, row=row, trial=0, accuracy=accuracy, **more)
+
+
+def test_more_gain_with_fewer_shots_is_a_positive_difference():
+    few = [cell('5-shot', 'original', 40), cell('5-shot', 'diff-ii', 60)]
+    more = [cell('10-shot', 'original', 60), cell('10-shot', 'diff-ii', 65)]
+
+    [(*_, differences)] = claim_b({'few-shot': few, 'few-shot-10': more})
+
+    assert differences == [15]
+
+
+def test_circle_and_stages_are_compared_with_the_other_held_still():
+    rows = {
+        f'circle {c}, two-stage {s}': 10 * (c == 'yes') + (s == 'yes')
+        for c in ('yes', 'no')
+        for s in ('yes', 'no')
+    }
+    cells = [cell('5-shot', row, a, lpips=a / 100) for row, a in rows.items()]
+
+    found = [differences for *_, differences in claim_e({'ablation': cells})]
+
+    assert found[:4] == [[10], [10], [1], [1]]
+    assert [x for [x] in found[4:]] == pytest.approx([10, 10, 1, 1])
+
+
+def split(ratio, accuracy, lpips, consistency):
+    measures = dict(lpips=lpips, class_consistency=consistency)
+    return cell('5-shot', f'split_ratio={ratio}', accuracy, **measures)
+
+
+def test_the_split_ratio_compares_relative_change_and_inner_ratios():
+    cells = [split(0, 50, 0.2, 80), split(0.3, 60, 0.25, 76), split(1, 55, 0.3, 72)]
+    cells.append(cell('5-shot', 'original', 30))
+
+    [(*_, change)] = claim_f({'split': cells})
+    inner = [differences for *_, differences in claim_g({'split': cells})]
+
+    assert change == pytest.approx([50 - 10])
+    assert inner == [[10], [5]]
+
+
+def test_the_claims_follow_from_the_committed_cells():
+    claims = claims_on(RESULTS)
+
+    assert [c.letter for c in claims] == list(CLAIMS)
+    assert all(c.family for c in claims)
+    assert len(claim_table(claims)) == 7
+    assert len(comparison_table(claims)) == sum(len(c.family) for c in claims)
+    ticks = [t.get_text() for t in plot_claims(claims).axes[0].get_yticklabels()]
+    assert ticks == [f'({c.letter}) {c.verdict}' for c in claims]
+
+
+def test_without_cells_nothing_is_tested(tmp_path):
+    assert {c.verdict for c in claims_on(tmp_path)} == {'not tested'}
