@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['known_names', 'read_names', 'drop', 'keep', 'refill', 'score', 'drop_worst']
 
-# %% ../../nbs/run/dropping.ipynb #232b5834
+# %% ../../nbs/run/dropping.ipynb #5f951b98
 import shlex
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,7 +19,7 @@ from ..base.settings import FilterSettings
 from ..method.synthesis import another_row, count_batches, number_batches
 from .filters import SCORERS, Scoring, score_folder, worst_names
 from .folders import RunFolder, held, iter_rows
-from .pools import load_pool
+from .pools import check_sources, load_pool
 from .review import load_concepts, made_with
 from diffii.run.runs import (
     ATTEMPTS,
@@ -106,7 +106,7 @@ def keep(
         write_metadata(folder)
     return back
 
-# %% ../../nbs/run/dropping.ipynb #91171c51
+# %% ../../nbs/run/dropping.ipynb #db9b7161
 def refill(
     pipe: Pipeline,  # the model that the folder was made with
     out,  # an output folder
@@ -133,7 +133,11 @@ def refill(
 def _pool(folder, about):
     "The pool of the run, or None where its sampling needs none."
     sources = any(row['sources'] for row in iter_rows(folder.plan))
-    return load_pool(folder.pool, about['classes']) if sources else None
+    if not sources:
+        return None
+    pool = load_pool(folder.pool, about['classes'])
+    check_sources(pool, folder.planned_rows(), folder.pool)
+    return pool
 
 # %% ../../nbs/run/dropping.ipynb #acf412cd
 def _plan_refills(folder, pool, names, batch_size):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['status', 'damaged_files', 'per_minute', 'load_concepts', 'remake', 'made_with']
 
-# %% ../../nbs/run/review.ipynb #2d4dbbe7
+# %% ../../nbs/run/review.ipynb #c0f48024
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 
@@ -19,7 +19,7 @@ from ..method.few_step import open_few_step
 from ..method.synthesis import make_batch
 from .folders import AGAIN, RunFolder, iter_rows
 from .guides import open_guide
-from .pools import load_pool
+from .pools import check_sources, load_pool
 
 # %% ../../nbs/run/review.ipynb #4c096461
 def status(
@@ -167,15 +167,13 @@ def _few_step_of(pipe, about):
     require(found.digest() == about['few_step'], f'{text} with; put the old ones back')
     return found
 
-# %% ../../nbs/run/review.ipynb #37452643
+# %% ../../nbs/run/review.ipynb #b12b6a44
 def _pool_of(folder, classes, batch):
     "The inversions of a run, which must have those that a batch was made from."
     for file in sorted(folder.pool.glob('*.safetensors')):
         folder.digests.check(file, AGAIN)
     pool = load_pool(folder.pool, classes)
-    names = dict(zip(pool.classes, map(set, pool.names)))
-    known = all(set(r['sources']) <= names.get(r['source_label'], set()) for r in batch)
-    require(known, f'{folder.pool}: lacks inversions that the plan names; {AGAIN}')
+    check_sources(pool, batch, folder.pool)
     return pool
 
 
