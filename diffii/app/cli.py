@@ -294,7 +294,7 @@ def demo(given: dict):
         f'{out}/synthetic-0/review.html'
     )
 
-
+# %% ../../nbs/app/cli.ipynb #e0f9584b
 WholeOption = typer.Option(help='Also the pipeline from concepts to classifier.')
 MemoryOption = typer.Option(help='Also how time and peak memory grow with the job.')
 
