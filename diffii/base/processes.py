@@ -127,7 +127,7 @@ def training_accelerator(
         raise UserError(f'--tracker {tracker}: {hint}') from e
     return accelerator
 
-# %% ../../nbs/base/processes.ipynb #b03ecba1
+# %% ../../nbs/base/processes.ipynb #a807abde
 class Progress:
     "A bar for each step and the seconds it took. `heading` stands before the name."
 
@@ -156,12 +156,6 @@ class Progress:
         self._log(done, total)
         if done >= total:
             self.close()
-
-    @classmethod
-    def end_line(cls):
-        "Close the bar that an error has left open, so that the error has its own line."
-        if cls.shown is not None:
-            cls.shown.close()
 
     def _open(self, step, done, total):
         "Begin a step, of which `done` may have been made in another run."
@@ -207,7 +201,14 @@ def step_reporter(
 
     return report
 
-# %% ../../nbs/base/processes.ipynb #ec338064
+# %% ../../nbs/base/processes.ipynb #3108eaa4
+@patch(cls_method=True)
+def end_line(cls: Progress):
+    "Close the bar that an error has left open, so that the error has its own line."
+    if cls.shown is not None:
+        cls.shown.close()
+
+
 @patch
 def _log(self: Progress, done: int, total: int):
     "Write a line where a second has passed or the step has ended."

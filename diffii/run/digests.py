@@ -51,7 +51,7 @@ def read_notes(file):  # yields dicts, see `Note`
             with suppress(UserError):
                 yield check_record(line, Note, file)
 
-# %% ../../nbs/run/digests.ipynb #c89ac44f
+# %% ../../nbs/run/digests.ipynb #eeb2ea2a
 def pack(size: int, sha256: str) -> bytes:
     "A note in forty bytes."
     return size.to_bytes(8, 'big') + bytes.fromhex(sha256)
@@ -62,7 +62,14 @@ def unpack(notes: bytes) -> list:  # of (size, sha256)
     parts = [notes[i : i + 40] for i in range(0, len(notes), 40)]
     return [(int.from_bytes(p[:8], 'big'), p[8:].hex()) for p in parts]
 
-# %% ../../nbs/run/digests.ipynb #debab6d7
+
+def _add(noted, note):
+    "Put a note to those of its file, once."
+    before, pair = noted.get(note['file'], b''), (note['size'], note['sha256'])
+    if pair not in unpack(before):
+        noted[note['file']] = before + pack(*pair)
+
+# %% ../../nbs/run/digests.ipynb #d328ea5b
 class Digests:
     "What is noted of the files in an output folder."
 
@@ -111,13 +118,6 @@ class Digests:
             return
         self._append(json.dumps(note, ensure_ascii=False))
         _add(self.noted, note)
-
-
-def _add(noted, note):
-    "Put a note to those of its file, once."
-    before, pair = noted.get(note['file'], b''), (note['size'], note['sha256'])
-    if pair not in unpack(before):
-        noted[note['file']] = before + pack(*pair)
 
 # %% ../../nbs/run/digests.ipynb #75f9b8ab
 @patch

@@ -416,7 +416,7 @@ def time_stages(pipe: Pipeline, settings: Settings) -> dict:  # name -> seconds 
         ),
     )
 
-# %% ../../nbs/run/planning.ipynb #466ac278
+# %% ../../nbs/run/planning.ipynb #0b169497
 RECORDS = 2000  # bytes of the lines about an image, in plan, metadata and digests
 
 
@@ -459,7 +459,7 @@ def free_bytes(path) -> int:
         path = path.parent
     return shutil.disk_usage(path).free
 
-
+# %% ../../nbs/run/planning.ipynb #75b8dc09
 def check_room(
     pipe: Pipeline,
     images: ImageSet,

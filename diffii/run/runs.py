@@ -234,7 +234,7 @@ def in_force(self: Run) -> Settings:
         run=replace(settings.run, out=str(self.folder.path)),
     )
 
-# %% ../../nbs/run/runs.ipynb #d3b53b0c
+# %% ../../nbs/run/runs.ipynb #5d981bc3
 def check_run(run: Run, concepts: Concepts | None, pool: InversionPool | None):
     "Raise `UserError` for whatever would stop the run later."
     images, settings = run.images, run.settings
@@ -260,7 +260,7 @@ def check_run(run: Run, concepts: Concepts | None, pool: InversionPool | None):
     if pool is not None:
         _check_pool(run, pool)
 
-
+# %% ../../nbs/run/runs.ipynb #607ed2f5
 def _check_given(run, concepts):
     "Given concepts are of the method's kind, the same categories and the same model."
     alone = run.method.learn == 'tokens'
@@ -457,7 +457,7 @@ def make_missing(
             done += len(batch)
             progress('images', done, planned)
 
-# %% ../../nbs/run/runs.ipynb #8d968ff1
+# %% ../../nbs/run/runs.ipynb #5901d532
 def _wanted(folder):
     "A function: is a row's image to be there, and this row the last that makes it?"
     chosen, dropped = folder.chosen(), folder.dropped_names()
@@ -497,7 +497,7 @@ def _survey(folder, wanted, verify):  # -> (images that are there, planned image
         warnings.warn(f'{text}: {", ".join(names)}{", ..." * (n_damaged > 3)}')
     return done, planned
 
-
+# %% ../../nbs/run/runs.ipynb #69a47629
 def _parts(folder, batch):
     "In which parts a batch was made before, if not as a whole."
     found = {}
