@@ -181,8 +181,10 @@ def try_part(t: Tuning, choice: Choice | None, fold: int):
         return
     e, configuration = t.experiment, t.configuration(choice)
     train, held = t.divided(fold)
-    made = make_synthetic(e, t.condition(), configuration, fold, train)
-    network = replace(classifier_settings(e, configuration), keep_best=False)
+    condition = t.condition()
+    made = make_synthetic(e, condition, configuration, fold, train)
+    network = classifier_settings(e, condition, configuration)
+    network = replace(network, keep_best=False)
     for seed, file in files.items():
         if file.is_file():
             continue
