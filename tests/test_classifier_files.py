@@ -87,6 +87,9 @@ def test_a_category_may_be_renamed_in_the_notes(folder):
         (dict(mean=[0.5]), 'mean, std or classes cannot be'),
         (dict(arch='timm/none'), 'neither timm nor torchvision'),
         (dict(size='16'), 'size'),
+        (dict(size=10**9, resize=10**9), 'from 8 to 4096'),
+        (dict(mean=[float('nan')] * 3), 'mean'),
+        (dict(classes=['one', 'one']), 'named once'),
     ],
 )
 def test_notes_that_cannot_be_are_named(change, text, folder):
