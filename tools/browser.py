@@ -182,9 +182,10 @@ class Browser:
         self.js(f'{field}.{name} = {json.dumps(value)}; {field}.dispatchEvent({event})')
 
     def downloaded(self, name, seconds=20):
-        "The content of a file that the page had the browser download."
+        "The content of a file that the page had the browser download, and is not empty."
         file, end = self.downloads / name, time.time() + seconds
-        while not file.is_file():
+        # an empty file keeps the name free until the whole one takes its place
+        while not file.is_file() or not file.stat().st_size:
             assert time.time() < end, f'{name}: not downloaded'
             self.js('0')
             time.sleep(0.02)
