@@ -105,6 +105,7 @@ def test_an_image_of_no_pair_has_no_position():
         ('oak/0.png#mirror@1', ('oak/0.png', 'mirror')),
         ('oak/#1.png@1', ('oak/#1.png', '')),
         ('oak/a@7', ('oak/a@7', '')),
+        ('ash/9.png@1', ('ash/9.png', '')),  # of an image that is not known
     ],
 )
 def test_an_inversion_leads_back_to_its_image(name, expected):

@@ -8,6 +8,7 @@ __all__ = ['ORACLE_SEED', 'DataSet', 'in_words', 'shipped_set', 'deal']
 # %% ../../nbs/data/sets.ipynb #9fa7de08
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -77,6 +78,7 @@ def _aviary(tuning, numbers=None):
     home = 'shifted_tuning' if tuning else 'shifted'
     numbers = numbers or (aviary.VALIDATION if tuning else aviary.UNSEEN)
 
+    @lru_cache(1)
     def tail():
         return in_words(aviary.aviary_set(numbers, 40, seed=1))
 
@@ -89,6 +91,7 @@ def _aviary(tuning, numbers=None):
         own = [int(name.split('_')[-1]) for name in classes]
         return aviary.aviary_set(own, n, seed=ORACLE_SEED)
 
+    @lru_cache(1)  # the cells of a trial come one after another
     def fresh(trial):
         return _aviary(tuning, aviary.fresh_species(trial, part))
 

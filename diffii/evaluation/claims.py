@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .statistics import COLOURS, MARGIN, Comparison, decide, paired
 from .tables import finished
+from .tasks import ablated
 
 # %% ../../nbs/evaluation/claims.ipynb #5ab1aef1
 def by_trial(cells: list, row: str, of) -> dict:  # trial -> number
@@ -87,19 +88,13 @@ def claim_d(cells):
     return found
 
 # %% ../../nbs/evaluation/claims.ipynb #e83964bf
-def _ablated(circle, two_stage):
-    return (
-        f'circle {"yes" if circle else "no"}, two-stage {"yes" if two_stage else "no"}'
-    )
-
-
 def claim_e(cells):
     pairs = [((True, x), (False, x)) for x in (False, True)]
     pairs += [((x, True), (x, False)) for x in (False, True)]
     found = []
     for name, of in (('accuracy', accuracy), ('LPIPS', lpips)):
         for one, other in pairs:
-            rows = _ablated(*one), _ablated(*other)
+            rows = ablated(*one), ablated(*other)
             numbers = minus(*(by_trial(cells['ablation'], row, of) for row in rows))
             found.append((name, *rows, numbers))
     return found
@@ -111,7 +106,11 @@ def claim_f(cells):
             by_trial(cells['split'], f'split_ratio={s}', lambda cell: cell[measure])
             for s in (0, 1)
         ]
-        return {t: sign * 100 * (ends[1][t] / ends[0][t] - 1) for t in ends[1]}
+        return {
+            t: sign * 100 * (ends[1][t] / ends[0][t] - 1)
+            for t in ends[1]
+            if t in ends[0]
+        }
 
     rise, fall = change('lpips', 1), change('class_consistency', -1)
     return [('percent', 'rise of LPIPS', 'fall of consistency', minus(rise, fall))]
@@ -122,7 +121,8 @@ def claim_g(cells):
     rows = dict.fromkeys(c['row'] for c in own if '=' in c['row'])
     inner = [row for row in rows if 0 < float(row.split('=')[1]) < 1]
     trials = [by_trial(own, row, accuracy) for row in inner]
-    mean = {t: sum(x[t] for x in trials) / len(trials) for t in trials[0]}
+    shared = set.intersection(*map(set, trials))
+    mean = {t: sum(x[t] for x in trials) / len(trials) for t in sorted(shared)}
     ends = [f'split_ratio={s}' for s in (0, 1)]
     numbers = [minus(mean, by_trial(own, row, accuracy)) for row in ends]
     return [('accuracy', 'mean of inner ratios', *x) for x in zip(ends, numbers)]

@@ -524,7 +524,8 @@ def benchmark(
     run_cells(e, todo)
     arch = ClassifierSettings(**classifier).arch
     table = write_tables(e.out, task, grid_, arch)
-    write_verdicts(e.out)
+    if len(table):  # others may be making all cells still
+        write_verdicts(e.out)
     return table
 
 # %% ../../nbs/evaluation/experiments.ipynb #d7621b8d

@@ -30,13 +30,13 @@ def paired(
     "Student's t over differences within trials. Raises `UserError` without numbers."
     from scipy import stats
 
-    found = spread(differences)
-    n = len(list(differences))
+    differences = np.asarray(list(differences), dtype=float)
+    found, n = spread(differences), len(differences)
     if n == 1:
         return Paired(found.mean, float('inf'), 1.0, n)
     if found.sd == 0:  # every trial has the same difference
         return Paired(found.mean, 0.0, float(found.mean == 0), n)
-    p = stats.ttest_1samp(np.asarray(differences, dtype=float), 0).pvalue
+    p = stats.ttest_1samp(differences, 0).pvalue
     return Paired(found.mean, found.ci95, float(p), n)
 
 # %% ../../nbs/evaluation/statistics.ipynb #214f047c
@@ -125,6 +125,7 @@ def plot_comparisons(
     "Differences as dots with 95 % intervals on one common axis, coloured by verdict."
     import matplotlib.pyplot as plt
 
+    require(panels, 'plot_comparisons: nothing to compare')
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     tallest = max(len(family) for family in panels.values())

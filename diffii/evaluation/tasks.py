@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ORDINARY', 'ADDED', 'FEW_SHOT', 'LONG_TAILED', 'SWEEPS', 'WHOLE', 'PLAIN', 'PAPER_SPLIT', 'TASKS', 'OPTIONS',
-           'SHIPPED', 'Configuration', 'configuration', 'sweep', 'ablation', 'fast', 'few_step', 'Condition',
+           'SHIPPED', 'Configuration', 'configuration', 'sweep', 'ablated', 'ablation', 'fast', 'few_step', 'Condition',
            'paper_split', 'published_contexts', 'few_shot_condition', 'long_tail_condition', 'shifted_condition',
            'conditions', 'configurations', 'open_data_set', 'folder_data', 'paper_data']
 
@@ -140,7 +140,13 @@ def sweep(task: str, values: tuple = ()) -> list:
     return found
 
 # %% ../../nbs/evaluation/tasks.ipynb #d6a3aed2
-WHOLE = 'circle yes, two-stage yes'
+def ablated(circle: bool, two_stage: bool) -> str:
+    "The name of a line of the ablation."
+    words = ['yes' if on else 'no' for on in (circle, two_stage)]
+    return f'circle {words[0]}, two-stage {words[1]}'
+
+
+WHOLE = ablated(circle=True, two_stage=True)
 PLAIN = dict(forward_steps=0, fixed_point_iters=0, per_image=1)
 
 
@@ -153,9 +159,7 @@ def ablation() -> list:
             sampling['interpolation'] = 'circle' if circle else 'none'
             if not two_stage:
                 sampling['split_ratio'] = 0.0
-            words = ['yes' if on else 'no' for on in (circle, two_stage)]
-            name = f'circle {words[0]}, two-stage {words[1]}'
-            found.append(Configuration(name, sampling))
+            found.append(Configuration(ablated(circle, two_stage), sampling))
     whole = dict(method='diff-ii')
     return [*found, Configuration(f'{WHOLE}, plain inversion', whole, PLAIN)]
 

@@ -160,8 +160,8 @@ def source_of(
     for candidate in (name, image_of(name)):
         if candidate in known:
             return candidate, ''
-    image, _, view = image_of(name).rpartition('#')
-    return image, view
+    image, mark, view = image_of(name).rpartition('#')
+    return (image, view) if mark else (view, '')
 
 # %% ../../nbs/method/inversion.ipynb #ad8b5f33
 def extra_views(
