@@ -172,7 +172,7 @@ CONFIGS = (
 
 
 @given(data=st.data())
-@property_of(25)
+@property_of(25, share=0.25)
 def test_an_edited_model_is_loaded_or_refused(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp('edited') / 'model'
     shutil.copytree(TINY, folder)

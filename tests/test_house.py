@@ -105,7 +105,8 @@ def ruff(root, *args):
     "What ruff finds, as text; empty where it is content."
     line = [sys.executable, '-m', 'ruff', *args]
     done = subprocess.run(line, cwd=root, capture_output=True, text=True)
-    return done.stdout[-3000:] if done.returncode else ''
+    found = done.stdout + done.stderr or 'it ended without a word'
+    return found[-3000:] if done.returncode else ''
 
 
 def test_ruff_finds_nothing(root):

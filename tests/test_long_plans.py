@@ -42,7 +42,6 @@ def walk(folder, images):
 
 def settle(folder, images):
     folder.settle()
-    folder.settle_digests()
 
 
 def read_last(folder, images):

@@ -125,8 +125,8 @@ def refill(
             make_missing(pipe, folder, concepts, pool, progress)
         finally:
             write_metadata(folder)
-        folder.choose(refilling=[])
         folder.settle_digests()  # the notes of the images before go
+        folder.choose(refilling=[])  # last: until here the same command goes on
     return done
 
 

@@ -17,14 +17,14 @@ from ..base.images import ImageSet, read_image
 from ..base.pipeline import Pipeline
 from ..base.processes import processes
 from ..base.prompts import clean_text, prompt_of
-from ..base.records import inside, read_record
+from ..base.records import inside
 from ..base.seeds import generator, seed_of
 from ..base.settings import ClassifierSettings, FilterSettings, SamplingSettings
 from ..method.classifier import train_classifier
 from ..method.concepts import Concepts
 from ..method.diffusion import noised
 from ..method.inversion import source_of
-from .folders import DROPPED, RunFolder, iter_rows
+from .folders import RunFolder, iter_rows
 
 import json
 from collections.abc import Callable
@@ -189,7 +189,7 @@ def _features(
 
 def distances(
     real: list,  # RGB images of one category
-    candidates: list,  # RGB images
+    candidates,  # RGB images, which may be opened as they are asked for
     net='alex',  # what `lpips_model` takes, or what it returned
     batch_size: int = 64,
 ) -> torch.Tensor:  # (candidates,) squared
@@ -368,7 +368,7 @@ def check_filter(images: ImageSet, settings: FilterSettings):
 # %% ../../nbs/run/filters.ipynb #4f0b8f5e
 def nearest(
     real: list,  # RGB images of one category
-    candidates: list,  # RGB images that may be kept
+    candidates,  # RGB images that may be kept, opened as they are asked for
     keep: int,  # how many to keep
     net='alex',  # what `lpips_model` takes, or what it returned
     batch_size: int = 64,
@@ -385,8 +385,7 @@ def drop_candidates(
     device='cpu',  # where the network runs
 ):
     "Of each category's candidates keep the nearest to its real images, one of several."
-    there = folder.dropped.is_file()
-    gone = read_record(folder.dropped, list[str], DROPPED) if there else []
+    gone = folder.far_names()
     if not gone:
         net = lpips_model(settings.filter_net, device)
         for label, own in groupby(iter_rows(folder.plan), itemgetter('label')):
@@ -403,5 +402,5 @@ def _far_ones(images, k, own, folder, candidates, net):
     own = [row for row in own if folder.file(row).is_file()]  # others were dropped
     real = [images.open(i) for i in images.of_class(k)]
     made = (read_image(folder.file(row)) for row in own)
-    kept = set(nearest(real, made, keep, net))
+    kept = set(nearest(real, made, keep, net)) if own else set()
     return [row['file_name'] for i, row in enumerate(own) if i not in kept]

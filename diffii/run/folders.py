@@ -368,11 +368,16 @@ def image_scores(self: RunFolder) -> dict:  # name -> `ImageScores` as a dict
 
 
 @patch
+def far_names(self: RunFolder) -> list:
+    "The images that Real-Filter left out."
+    there = self.dropped.is_file()
+    return read_record(self.dropped, list[str], DROPPED) if there else []
+
+
+@patch
 def dropped_names(self: RunFolder) -> set:
     "The images that are left out: by Real-Filter, by another filter or by hand."
-    there = self.dropped.is_file()
-    far = read_record(self.dropped, list[str], DROPPED) if there else []
-    return {*far, *self.chosen()['dropped']}
+    return {*self.far_names(), *self.chosen()['dropped']}
 
 # %% ../../nbs/run/folders.ipynb #9acac527
 @patch

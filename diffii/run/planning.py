@@ -34,6 +34,7 @@ from diffii.base.settings import (
 from ..method.concepts import lora_config
 from ..method.denoising import denoising_steps
 from ..method.diffusion import first_step
+from .folders import N_SOURCES
 
 import torch
 from fastcore.basics import patch
@@ -428,7 +429,7 @@ def disk_bytes(
 ) -> dict:  # what -> bytes, at most
     "What a run writes."
     inversions = inverted_images(images.counts, settings.inversion)
-    if settings.sampling.start not in ('circle', 'image', 'edit'):
+    if not N_SOURCES.get(settings.sampling.start):
         inversions = 0
     encoders = [getattr(pipe.pipe, name) for _, name in pipe.text_parts]
     width = sum(e.get_input_embeddings().weight.shape[1] for e in encoders)

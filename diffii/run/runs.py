@@ -61,6 +61,7 @@ from diffii.run.filters import (
     filter_folder,
 )
 from diffii.run.folders import (
+    N_SOURCES,
     RECORD,
     STATE,
     RunFolder,
@@ -345,7 +346,7 @@ def _report_learning(progress, step, steps, loss):
 def _pool(run, concepts):
     "The pool that sampling starts from, or None where it starts from noise."
     folder, start = run.folder.pool, run.settings.sampling.start
-    if start not in ('circle', 'image', 'edit'):
+    if not N_SOURCES.get(start):
         return None
     stage = 'inversion' if start == 'circle' else 'encoding'
     report = partial(run.progress, stage)
@@ -550,7 +551,7 @@ def synthesize(
     # by default what the model recommends, then the paper's
     settings: Settings | None = None,
     # context suffixes, as 'flying over water.'; by default those that the group
-    # `contexts` of the settings asks for
+    # `contexts` of the settings asks for; edits use their styles instead
     suffixes: list | None = None,
     # learned before; by default they are learned here and kept in the folder
     concepts: Concepts | None = None,
