@@ -471,6 +471,7 @@ def about_run(e: Experiment, dataset: str) -> dict:
     "What decides the numbers of an experiment, as it can stand in JSON."
     from diffii.base.pipeline import model_digest
     from diffii.data.paper_sets import DATASETS
+    from diffii.method.few_step import open_few_step
 
     s = e.settings
     data = asdict(s.data)
@@ -491,6 +492,8 @@ def about_run(e: Experiment, dataset: str) -> dict:
         which = dict(version=model_notes('tiny').get('version', 1))
     else:
         which = dict(model_digest=model_digest(e.pipe))
+    if e.task == 'few-step':
+        which |= dict(few_step=open_few_step(e.pipe, 'own').digest())
     about = dict(task=e.task, dataset=dataset, data=data, trials=trials)
     about |= dict(protocol=PROTOCOL)
     given = dict(concepts=s.concepts, classifier=e.classifier)
