@@ -15,7 +15,7 @@ from diffii.run.dropping import drop, refill
 from diffii.run.folders import RunFolder
 from diffii.run.planning import plan_run, unet_calls
 from diffii.run.review import remake
-from diffii.run.runs import load_synthetic, synthesize
+from diffii.run.runs import load_synthetic, run_suffixes, synthesize
 
 BLACK, WHITE = (Image.new('RGB', (24, 16), colour) for colour in ('black', 'white'))
 NEAR = dict(left=(0, 8), right=(23, 8), top=(12, 0), bottom=(12, 15))
@@ -125,6 +125,21 @@ def test_dropped_images_are_replaced_by_others(make, pipe):
     assert found.images[2].read_bytes() != before
     again = remake(pipe, made.folder, name)
     assert np.array_equal(pixels(again), pixels(found.open(2)))
+
+
+def test_styles_take_the_place_of_suffixes(tmp_path):
+    edit, contexts = dict(styles=('snowy', 'mosaic')), dict(suffixes=['in snow.'])
+    sampling = dict(method='diffuse-mix')
+    settings = Settings.of(
+        metaclass='tree', edit=edit, contexts=contexts, sampling=sampling
+    )
+
+    found = [
+        run_suffixes(settings, TREES, tmp_path, given=given)
+        for given in (None, ['at dusk.'])
+    ]
+
+    assert found == [(('snowy', 'mosaic'), 'styles of the edits')] * 2
 
 
 def test_other_edits_are_another_run(make):

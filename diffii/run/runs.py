@@ -293,9 +293,15 @@ def run_suffixes(
     images: ImageSet,
     out,  # output folder
     progress=lambda stage, done, all: None,
+    given: list | None = None,
 ) -> tuple:  # (suffixes, where they come from, in words)
-    "The suffixes that the group `contexts` asks for."
+    """Those that are given, or that the group `contexts` asks for; for a method that edits
+    the styles of the group `edit`, which take the place of suffixes."""
     contexts, seed = settings.contexts, settings.run.seed
+    if settings.sampling.start == 'edit':
+        return settings.edit.styles, 'styles of the edits'
+    if given is not None:
+        return given, 'given'
     if not settings.sampling.suffixed_steps:
         return [], 'not needed'
 
@@ -564,10 +570,7 @@ def synthesize(
     Raises `UserError` for input that cannot be used, before anything is written."""
     settings = settings or Settings.of(pipe, images.metaclass)
     progress = reporter(progress)
-    if settings.sampling.start == 'edit':
-        suffixes = settings.edit.styles
-    elif suffixes is None:
-        suffixes, _ = run_suffixes(settings, images, out, progress)
+    suffixes, _ = run_suffixes(settings, images, out, progress, suffixes)
     run = Run(pipe, images, RunFolder(out), settings, list(suffixes), progress)
     check_run(run, concepts, pool)
     if settings.sampling.few_step:
