@@ -7,18 +7,17 @@ __all__ = ['status', 'damaged_files', 'per_minute', 'load_concepts', 'remake', '
 
 # %% ../../nbs/run/review.ipynb #c0f48024
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 from ..base.files import IMAGES, require
 from ..base.pipeline import ROOMS, Pipeline, model_digest, same_model
 from ..base.records import inside, read_tensors
 from ..base.settings import ConceptSettings, EditSettings, GuideSettings
 from ..method.concepts import CheckpointNotes, Concepts
-from ..method.editing import edits_of
 from ..method.few_step import open_few_step
 from ..method.synthesis import make_batch
 from .folders import AGAIN, RunFolder, iter_rows
-from .guides import open_guide
+from .guides import sampling_with
 from .pools import check_sources, load_pool
 
 # %% ../../nbs/run/review.ipynb #4c096461
@@ -135,25 +134,17 @@ def made_with(
     pipe: Pipeline,
     path,  # an output folder
 ):
-    """A block in which the concepts of a run, and its few-step weights or guide, are on
-    the model. Raises `UserError` for another model."""
+    """A block in which the concepts of a run, and its few-step weights, guide or edits, are
+    on the model. Raises `UserError` for another model."""
     about = RunFolder(path).about()
     text = f'--model {pipe.model}: the images were made with another model'
     same = same_model(about['base'], model_digest(pipe))
     require(same, f'{text} ({about["model"]})')
-    concepts = load_concepts(path)
-    few_step = _few_step_of(pipe, about)
-    guide = about.get('guide') and GuideSettings(**about['guide'])
-    edit = about.get('edit') and EditSettings(**about['edit'])
-    with ExitStack() as stack:
-        stack.enter_context(concepts.attached(pipe))
-        if few_step:
-            stack.enter_context(few_step.attached(pipe))
-        if guide:
-            opened = open_guide(RunFolder(path), guide, concepts, pipe)
-            stack.enter_context(opened.attached(pipe))
-        if edit:
-            stack.enter_context(edits_of(pipe, edit))
+    concepts, few_step = load_concepts(path), _few_step_of(pipe, about)
+    guide = GuideSettings(**about['guide']) if about.get('guide') else None
+    edit = EditSettings(**about['edit']) if about.get('edit') else None
+    parts = pipe, RunFolder(path), concepts, few_step, guide, edit
+    with concepts.attached(pipe), sampling_with(*parts):
         yield concepts
 
 # %% ../../nbs/run/review.ipynb #b14281cb

@@ -12,7 +12,7 @@ import shlex
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -26,6 +26,8 @@ from ..base.processes import check_tracker, processes, reporter
 from ..base.records import inside, short
 from diffii.base.settings import (
     ConceptSettings,
+    EditSettings,
+    GuideSettings,
     SamplingSettings,
     Settings,
     config_text,
@@ -38,7 +40,7 @@ from diffii.method.concepts import (
     named_concepts,
 )
 from ..method.diffusion import ddim_grid
-from ..method.editing import check_model, edits_of
+from ..method.editing import check_model
 from ..method.few_step import FewStep, open_few_step
 from ..method.inversion import InversionPool, check_pairs
 
@@ -71,7 +73,7 @@ from diffii.run.folders import (
     iter_rows,
     tentative,
 )
-from .guides import check_guide, keep_guide, open_guide
+from .guides import check_guide, keep_guide, sampling_with
 from .planning import check_room
 from .pools import build_pool, save_pool
 from fastcore.basics import patch
@@ -180,8 +182,12 @@ class Run:
         return METHODS[self.settings.sampling.method]
 
     @property
-    def edits(self) -> bool:
-        return self.method.start == 'edit'
+    def guide(self) -> GuideSettings | None:
+        return self.settings.guide if self.method.imagined else None
+
+    @property
+    def edit(self) -> EditSettings | None:
+        return self.settings.edit if self.method.start == 'edit' else None
 
     @property
     def seed(self) -> int:
@@ -209,8 +215,8 @@ class Run:
             **self._words(),
             **{name: True for name in ('vae_tiling', 'tf32') if getattr(pipe, name)},
             **({} if self.few_step is None else dict(few_step=self.few_step.digest())),
-            **(dict(guide=asdict(settings.guide)) if self.method.imagined else {}),
-            **(dict(edit=asdict(settings.edit)) if self.edits else {}),
+            **({} if self.guide is None else dict(guide=asdict(self.guide))),
+            **({} if self.edit is None else dict(edit=asdict(self.edit))),
         )
 
 # %% ../../nbs/run/runs.ipynb #a62a0c32
@@ -252,8 +258,8 @@ def check_run(run: Run, concepts: Concepts | None, pool: InversionPool | None):
     check_filter(images, settings.filter)
     if not holds_run(run.folder.path, RECORD):
         check_room(run.pipe, images, settings, run.folder.path)
-    if run.method.imagined:
-        check_guide(settings.guide)
+    if run.guide is not None:
+        check_guide(run.guide)
     if concepts is not None:
         _check_given(run, concepts)
     elif run.method.learn != 'none':
@@ -599,12 +605,11 @@ def _make_all(run, concepts):
         run.folder.settle()
         _note_tensors(run.folder)
     ps.wait_for_everyone()
-    few_step = run.few_step.attached(run.pipe) if run.few_step else nullcontext()
-    guide = _guide(run, concepts)
-    parts = run.pipe, run.folder, concepts, pool, run.progress, run.settings.run.verify
+    _keep_guide(run)
+    parts = run.pipe, run.folder, concepts
     try:
-        with few_step, guide:
-            make_missing(*parts)
+        with sampling_with(*parts, run.few_step, run.guide, run.edit):
+            make_missing(*parts, pool, run.progress, run.settings.run.verify)
         ps.wait_for_everyone()
         if ps.is_main_process:
             if run.folder.refilling():
@@ -615,17 +620,11 @@ def _make_all(run, concepts):
             write_metadata(run.folder)
 
 # %% ../../nbs/run/runs.ipynb #65c6dbea
-def _guide(run, concepts):
-    "A block with the guide of the method, or the settings of its edits, if it has any."
-    if run.edits:
-        return edits_of(run.pipe, run.settings.edit)
-    if not run.method.imagined:
-        return nullcontext()
-    settings, images, folder = run.settings, run.images, run.folder
-    if settings.guide.by == 'classifier':
-        flip = settings.images.flip
-        keep_guide(folder, images, settings.guide, flip, run.seed, run.pipe.device)
-    return open_guide(folder, settings.guide, concepts, run.pipe).attached(run.pipe)
+def _keep_guide(run):
+    "Train the classifier of the method's guide, if it has one."
+    if run.guide is not None and run.guide.by == 'classifier':
+        about = run.folder, run.images, run.guide, run.settings.images.flip
+        keep_guide(*about, run.seed, run.pipe.device)
 
 
 def _filter(run, concepts):
