@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RUN_AGAIN', 'OLD_NAMES', 'MEASURES', 'PRINTED', 'BACKBONES', 'NAMES', 'LABELS', 'Cell', 'Line', 'ExperimentRecord',
-           'read_cells', 'paired_gain', 'row_numbers', 'published_number', 'published_ablation', 'summarise',
-           'readable', 'halves', 'plot_table', 'plot_gains', 'plot_sweep', 'write_tables', 'known_rows', 'table_lines',
-           'published_table', 'rebuild_tables', 'finished']
+           'read_cells', 'by_trial', 'minus', 'accuracy', 'paired_gain', 'row_numbers', 'published_number',
+           'published_ablation', 'summarise', 'readable', 'halves', 'plot_table', 'plot_gains', 'plot_sweep',
+           'write_tables', 'known_rows', 'table_lines', 'published_table', 'rebuild_tables', 'finished']
 
 # %% ../../nbs/evaluation/tables.ipynb #cf4c32bf
 import json
@@ -79,15 +79,25 @@ def _renamed(line):
     "A cell, or a line of a table, with the names of this version."
     return {OLD_NAMES.get(name, name): value for name, value in line.items()}
 
+# %% ../../nbs/evaluation/tables.ipynb #8c2f1a61
+def by_trial(cells: list, row: str, of) -> dict:  # trial -> number
+    "What a function of a cell says of a configuration in each trial of one condition."
+    return {cell['trial']: of(cell) for cell in cells if cell['row'] == row}
+
+
+def minus(one: dict, other: dict) -> dict:  # trial -> difference
+    "Differences in the trials that both have."
+    return {t: one[t] - other[t] for t in one if t in other}
+
+
+def accuracy(cell):
+    return cell['accuracy']
+
 
 def paired_gain(cells: list, row: str, base: str) -> list:  # percentage points
     "Accuracy of a configuration minus that of another, trial by trial."
-    found = {(c['row'], c['trial']): c['accuracy'] for c in cells}
-    return [
-        found[row, trial] - found[base, trial]
-        for name, trial in found
-        if name == row and (base, trial) in found
-    ]
+    ours, theirs = (by_trial(cells, name, accuracy) for name in (row, base))
+    return list(minus(ours, theirs).values())
 
 # %% ../../nbs/evaluation/tables.ipynb #d72c7405
 MEASURES = (
