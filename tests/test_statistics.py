@@ -18,7 +18,7 @@ from diffii.evaluation.statistics import (
     plot_comparisons,
     verdict_of,
 )
-from diffii.evaluation.tables import table_lines
+from diffii.evaluation.tables import condition_of, table_lines
 from diffii.evaluation.verdicts import Page, comparisons, rebuild
 
 RESULTS = Path(__file__).parent.parent / 'nbs' / 'results' / 'cells'
@@ -168,6 +168,22 @@ def test_a_folder_without_cells_is_an_error(tmp_path):
     with pytest.raises(UserError, match='--from .*no cells'):
         rebuild(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    'task, data, name, table',
+    (
+        ('few-shot', 'cub', '10-shot', ('few_shot', 'cub_10')),
+        ('split', 'aircraft', '5-shot', ('few_shot', 'aircraft_5')),
+        ('ood', 'cub', '5-shot, shifted', ('waterbirds', '')),
+        ('long-tail', 'flower', 'IF=100', ('long_tail', 'flower_lt_100')),
+        ('long-tail', 'cub', 'IF=12.5', ('long_tail', 'cub_lt_12.5')),
+    ),
+)
+def test_a_condition_is_known_from_the_record(task, data, name, table):
+    found = condition_of(dict(task=task, dataset=data), name)
+
+    assert (found.name, found.table) == (name, table)
 
 
 def test_sweeps_go_by_value_and_tails_from_the_steepest():

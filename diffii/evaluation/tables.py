@@ -6,7 +6,7 @@
 __all__ = ['RUN_AGAIN', 'OLD_NAMES', 'MEASURES', 'PRINTED', 'BACKBONES', 'NAMES', 'LABELS', 'Cell', 'Line', 'ExperimentRecord',
            'read_cells', 'by_trial', 'minus', 'accuracy', 'paired_gain', 'row_numbers', 'published_number',
            'published_ablation', 'summarise', 'readable', 'halves', 'plot_table', 'plot_gains', 'plot_sweep',
-           'write_tables', 'known_rows', 'table_lines', 'published_table', 'rebuild_tables', 'finished']
+           'write_tables', 'known_rows', 'table_lines', 'condition_of', 'rebuild_tables', 'finished']
 
 # %% ../../nbs/evaluation/tables.ipynb #cf4c32bf
 import json
@@ -18,11 +18,15 @@ import numpy as np
 
 from ..base.files import atomic, require, write_json
 from ..base.records import read_record
+from ..base.settings import TrialSettings
+from ..data.sets import DataSet, deal
 from diffii.evaluation.tasks import (
     FEW_SHOT,
     LONG_TAILED,
     SWEEPS,
+    Condition,
     ablation,
+    conditions,
     fast,
     few_step,
 )
@@ -51,6 +55,7 @@ class ExperimentRecord:
     "What `experiment.json` says at least."
 
     task: str
+    dataset: str
     model: str | dict
 
 
@@ -350,6 +355,7 @@ def known_rows(condition: str) -> list:
     "Configurations of the tasks, in the order of their tables."
     made = [c.name for c in (*ablation(), *fast(), *few_step())]
     usual = LONG_TAILED if condition.startswith('IF=') else FEW_SHOT
+    # 'diff-ii-even' is what kept cells of long tails call 'diff-ii + even'
     return list(dict.fromkeys(['original', *usual, 'diff-ii-even', *made]))
 
 
@@ -368,14 +374,15 @@ def table_lines(cells: list) -> list:  # of (condition, configuration)
     return sorted({(cell['setting'], cell['row']) for cell in cells}, key=place)
 
 
-def published_table(record: dict, condition: str) -> tuple | None:
-    "The paper's table and column of a condition: (table, column)."
-    data, number = record['dataset'], re.search(r'[\d.]+', condition)[0]
-    if record['task'] == 'ood':
-        return 'waterbirds', ''
-    if record['task'] == 'long-tail':
-        return 'long_tail', f'{data}_lt_{number}'
-    return 'few_shot', f'{data}_{number}'
+def condition_of(
+    record: dict,  # of `ExperimentRecord`
+    name: str,  # as 5-shot
+) -> Condition:
+    "A condition of an experiment from its record; there are no images to sample."
+    data = DataSet(record['dataset'], None, None, None, [], False, shifted=deal)
+    option = 'imbalance' if record['task'] == 'long-tail' else 'shots'
+    trials = TrialSettings(**{option: re.search(r'[\d.]+', name)[0]})
+    return conditions(record['task'], data, trials)[0]
 
 # %% ../../nbs/evaluation/tables.ipynb #bd5fd667
 def rebuild_tables(out) -> tuple:  # (record, cells, table)
@@ -394,8 +401,8 @@ def rebuild_tables(out) -> tuple:  # (record, cells, table)
         own = [cell for cell in cells if cell['setting'] == condition]
         first = base.setdefault(condition, row)
         line = dict(setting=condition, row=row) | row_numbers(own, row, first)
-        paper = _published(own, row, published_table(record, condition), arch)
-        lines.append(line | paper)
+        paper = condition_of(record, condition).table
+        lines.append(line | _published(own, row, paper, arch))
     table = pd.DataFrame(lines).dropna(axis=1, how='all')
     _write(out, table, record['task'])
     return record, cells, table
