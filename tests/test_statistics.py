@@ -164,10 +164,22 @@ def test_tables_plots_and_verdicts_follow_from_the_cells(tmp_path, kept):
     assert (out / 'plot.png').is_file() and (out / 'table.csv').is_file()
 
 
-def test_a_folder_without_cells_is_an_error(tmp_path):
-    with pytest.raises(UserError, match='--from .*no cells'):
-        rebuild(tmp_path)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    'names',
+    ((), ('experiment.json',), ('experiment.json', 'cells/.5-shot--a--0.json.77.tmp')),
+    ids=('an empty folder', 'no cell', 'an unfinished cell'),
+)
+def test_without_a_finished_cell_there_is_one_line(say, tmp_path, names):
+    (tmp_path / 'cells').mkdir()
+    for name in names:
+        (tmp_path / name).write_text('{}')
+    before = sorted(tmp_path.rglob('*'))
+
+    line = say('benchmark', '--from', tmp_path).line
+
+    assert f'--from {tmp_path}: no cells' in line
+    assert 'diffii benchmark with it as --out' in line
+    assert sorted(tmp_path.rglob('*')) == before
 
 
 @pytest.mark.parametrize(

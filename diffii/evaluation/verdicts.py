@@ -226,7 +226,8 @@ def rebuild(
     "Tables, plots and verdicts anew from the cells. Raises `UserError` without any."
     folder = Path(folder)
     found = sorted({file.parent.parent for file in folder.glob('**/cells/*.json')})
-    require(found, f'--from {folder}: no cells of an experiment are there')
+    text = f'--from {folder}: no cells of an experiment are there; run'
+    require(found, f'{text} diffii benchmark with it as --out')
     for out in found:
         rebuild_tables(out)
         write_verdicts(out)
