@@ -291,7 +291,7 @@ class Choices:
     dropped: dict[str, str]  # images that are left out, and why
     refilled: list[Row]  # rows of images that replace others, from another seed
     filtered: list[dict]  # settings of the filters that were applied
-    # images that a refill has planned and not finished
+    # images that a refill has planned and not finished; older files do not say it
     refilling: list[str] = field(default_factory=list)
 
 
@@ -348,16 +348,16 @@ class RunFolder:
 # %% ../../nbs/run/folders.ipynb #f2b33ca8
 @patch
 def chosen(self: RunFolder) -> dict:
-    "What was dropped and why, the rows that came instead, and the filters applied."
-    none = dict(dropped={}, refilled=[], filtered=[])
+    "The `Choices` of a run; nothing where none were made."
+    none = dict(dropped={}, refilled=[], filtered=[], refilling=[])
     there = self.choices.is_file()
-    return read_record(self.choices, Choices, DROPPED) if there else none
+    return none | (read_record(self.choices, Choices, DROPPED) if there else {})
 
 
 @patch
 def refilling(self: RunFolder) -> list:
     "The images that a refill has planned and not finished."
-    return self.chosen().get('refilling', [])
+    return self.chosen()['refilling']
 
 
 @patch
