@@ -62,7 +62,8 @@ def holds_run(
 
 
 def check_links(out):
-    "Raise `UserError` where a link leads from a run's state out of its folder."
+    """Raise `UserError` where .diffii, an entry of it or of its `concepts` is a link that
+    leads out of the output folder."""
     state = Path(out) / STATE
     for path in (state, *state.glob('*'), *state.glob('concepts/*')):
         if path.is_symlink():
