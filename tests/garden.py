@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 from conftest import clean_environment
+from folder_files import contents
 from PIL import Image
 
 CLASSES = {'bird of paradise': 2, 'œillet (red:1.2)': 3, 'lonely': 1}
@@ -50,12 +51,9 @@ def environment(**more):
 
 
 def files_of(folder):
-    "What a run leaves for its user: path -> bytes."
-    return {
-        p.relative_to(folder): p.read_bytes()
-        for p in folder.rglob('*')
-        if p.is_file() and '.diffii' not in p.parts and p.name != 'README.md'
-    }
+    "What a run leaves for its user: name -> bytes."
+    found = contents(folder, ['README.md'])
+    return {name: data for name, data in found.items() if '.diffii/' not in name}
 
 
 def a_row(file_name, **more):

@@ -6,7 +6,8 @@ import sys
 import tempfile
 import traceback
 from itertools import count
-from pathlib import Path
+
+from folder_files import assert_same_files, contents
 
 KILLED = -signal.SIGKILL  # the exit code
 
@@ -72,13 +73,10 @@ def done(words, place) -> str:  # what it printed
 
 def files_below(place) -> dict:  # name -> bytes
     "All files of a folder but the journals, whose lines come as processes wrote them."
-    files = (p for p in Path(place).rglob('*') if p.is_file())
-    found = {p.relative_to(place).as_posix(): p.read_bytes() for p in files}
+    found = contents(place)
     return {name: data for name, data in found.items() if '/digests/' not in name}
 
 
 def assert_same(place, other):
     "Two folders hold the same files with the same bytes."
-    one, two = files_below(place), files_below(other)
-    assert sorted(one) == sorted(two)
-    assert [name for name in one if one[name] != two[name]] == []
+    assert_same_files(files_below(place), files_below(other))

@@ -274,7 +274,7 @@ def test_concepts_in_published_formats_give_the_same_images(augment, tmp_path):
         folder, out = tmp_path / form, tmp_path / f'out-{form}'
         export_concepts(concepts, folder, form)
         assert made(augment('--concepts', folder, '--out', out))
-        images = {p: b for p, b in files_of(learned).items() if p.suffix == '.png'}
+        images = {p: b for p, b in files_of(learned).items() if p.endswith('.png')}
         again = files_of(out)
         assert {p: again[p] for p in images} == images
 

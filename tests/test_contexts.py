@@ -7,6 +7,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from folder_files import contents
 from garden import MADE, QUICK, environment, plant, start
 
 CAPTIONED = (
@@ -89,10 +90,10 @@ def test_a_run_keeps_the_contexts_that_it_began_with(augment, moody, tmp_path):
 def test_other_settings_leave_a_folder_as_it_is(augment, moody, tmp_path):
     out = tmp_path / 'out'
     augment('--out', out)
-    before = {p: p.read_bytes() for p in out.rglob('*') if p.is_file()}
+    before = contents(out)
     done = augment('--out', out, '--seed', 1)
     assert 'seed: 0 then, 1 now' in done.stderr
-    assert {p: p.read_bytes() for p in out.rglob('*') if p.is_file()} == before
+    assert contents(out) == before
 
 
 def test_a_model_that_cannot_be_had_leaves_no_folder(augment, moody, tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from fake_stages import fake_stages
+from folder_files import contents, link_to_keep
 from hypothesis import given
 from hypothesis import strategies as st
 from oddities import ODD, changed, property_of
@@ -88,7 +89,7 @@ class Runs:
     def __init__(self, home):
         self.whole, self.half = home / 'whole', home / 'half'
         self.other = home / 'other'  # the whole run of another seed
-        self.files = contents(self.whole / OUT)
+        self.files = contents(self.whole / OUT, ASIDE)
 
 
 @pytest.fixture(scope='module')
@@ -114,16 +115,6 @@ def at(folder):
         yield
     finally:
         os.chdir(before)
-
-
-def contents(folder):
-    "All files of a folder: name -> bytes."
-    found = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob('*'))}
-    return {
-        name: path.read_bytes()
-        for name, path in found.items()
-        if path.is_file() and path.name not in ASIDE
-    }
 
 
 # ---- ways to damage a file
@@ -213,7 +204,7 @@ def damage(data, runs):
     if way == 'folder':
         file.mkdir()
     if way == 'link':
-        file.symlink_to(Path('outside', 'keep.txt').resolve())
+        link_to_keep(file)
 
 
 # ---- what each command may do
@@ -234,7 +225,7 @@ def works(action):
 
 def assert_right(runs):
     "All files are those of the run that nobody touched; of JSON, what it says."
-    now = contents(OUT)
+    now = contents(OUT, ASIDE)
     differ = [name for name, held in runs.files.items() if now.get(name) != held]
     records = [name for name in differ if name.endswith('.json') and name in now]
     same = [n for n in records if json.loads(now[n]) == json.loads(runs.files[n])]

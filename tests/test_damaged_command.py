@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from fake_stages import fake_stages
+from folder_files import contents, link_to_keep
 from safetensors.torch import save_file
 from small_runs import few_birds
 
@@ -22,6 +23,7 @@ STATE = OUT / '.diffii'
 RUN, PLAN, METADATA = STATE / 'run.json', STATE / 'plan.jsonl', OUT / 'metadata.jsonl'
 DIGESTS, CHOICES = STATE / 'digests.jsonl', STATE / 'choices.json'
 CONCEPTS = STATE / 'concepts'
+ASIDE = ('README.md', 'lock')  # a card may be edited; a lock is empty
 NAME, OTHER = 'train/{}/00000.png', 'train/{}/00001.png'
 
 QUICK = ('--concept-steps', 1, '--steps', 2, '--expansion', 3, '--inversions', 1)
@@ -66,16 +68,6 @@ def assert_told(words):  # -> did it work?
     assert code in (0, 2), (words, code, errors)
     assert len(errors) == (1 if code else 0), (words, errors)
     return code == 0
-
-
-def contents(folder):
-    "All files of a folder but locks and the card: name -> bytes."
-    files = (p for p in sorted(folder.rglob('*')) if p.is_file())
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes()
-        for p in files
-        if p.name not in ('lock', 'README.md')
-    }
 
 
 @pytest.fixture(scope='module')
@@ -149,17 +141,6 @@ def swapped():
     shutil.copyfile(one, other)
 
 
-def link_to_keep(file):
-    "A link to somebody's file is where a file would be written."
-
-    def damage():
-        file.unlink(missing_ok=True)
-        file.parent.mkdir(exist_ok=True)
-        file.symlink_to(Path('outside', 'keep.txt').resolve())
-
-    return damage
-
-
 def pool_notes(text):
     "A file of inversions has other notes, and nobody noted how it was."
 
@@ -198,14 +179,8 @@ def a_folder(pattern):
 
 
 def linked(pattern):
-    "A link to somebody's file has the place of the first file of a pattern."
-
-    def damage():
-        file = sorted(OUT.glob(pattern))[0]
-        file.unlink()
-        file.symlink_to(Path('outside', 'keep.txt').resolve())
-
-    return damage
+    "A link to somebody's file has the place of the first file of a pattern, or of none."
+    return lambda: link_to_keep([*sorted(OUT.glob(pattern)), OUT / pattern][0])
 
 
 def linked_folder(folder):
@@ -315,9 +290,9 @@ DAMAGE = dict(
     aside_elsewhere=linked_folder(STATE / 'aside'),
     redrawn_elsewhere=linked_folder(STATE / 'redrawn'),
     real_elsewhere=linked_folder(STATE / 'real'),
-    journal_elsewhere=link_to_keep(STATE / 'digests' / '0.jsonl'),
-    lock_elsewhere=link_to_keep(STATE / 'lock'),
-    record_elsewhere=link_to_keep(RUN),
+    journal_elsewhere=linked('.diffii/digests/0.jsonl'),
+    lock_elsewhere=linked('.diffii/lock'),
+    record_elsewhere=linked('.diffii/run.json'),
     card_bytes=written(OUT / 'README.md', b'\xff\xfe'),
 )
 
@@ -338,7 +313,7 @@ def test_a_damaged_run_is_told_or_made_whole(case, home, names, damage):
 
     assert_nothing_outside(case, home)
     if works:
-        now, right = contents(OUT), contents(home / OUT)
+        now, right = contents(OUT, ASIDE), contents(home / OUT, ASIDE)
         assert {name: now.get(name) for name in right} == right
         assert command('status', OUT, '--verify') == (0, [])
 

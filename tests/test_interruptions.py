@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from folder_files import assert_same_files, contents
 from garden import command, environment, files_of, plant
 
 resource = pytest.importorskip('resource')  # POSIX alone
@@ -51,17 +52,9 @@ def kill_when(line, place, reached) -> bool:
     return running
 
 
-def everything_of(place):
-    "All files of a run, its state and its card too: path -> bytes."
-    files = (p for p in (place / 'out').rglob('*') if p.is_file())
-    return {p.relative_to(place).as_posix(): p.read_bytes() for p in files}
-
-
 def assert_same_runs(a, b):
-    "Two runs left the same files with the same bytes."
-    one, other = everything_of(a), everything_of(b)
-    assert sorted(one) == sorted(other)
-    assert [name for name in one if one[name] != other[name]] == []
+    "Two runs left the same files with the same bytes, their state and cards too."
+    assert_same_files(contents(a / 'out'), contents(b / 'out'))
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(augment, tmp_path):
