@@ -6,8 +6,10 @@ import pytest
 
 from diffii.evaluation.claims import (
     CLAIMS,
+    GROUPS,
     Claim,
     claim_b,
+    claim_d,
     claim_e,
     claim_f,
     claim_g,
@@ -55,17 +57,45 @@ def test_more_gain_with_fewer_shots_is_a_positive_difference():
     assert differences == {0: 15}
 
 
-def test_circle_and_stages_are_compared_with_the_other_held_still():
+def ablation(setting):
+    "Cells in which the circle adds ten points and the two stages one."
     rows = {
         f'circle {c}, two-stage {s}': 10 * (c == 'yes') + (s == 'yes')
         for c in ('yes', 'no')
         for s in ('yes', 'no')
     }
-    cells = [cell('5-shot', row, a, lpips=a / 100) for row, a in rows.items()]
+    return [cell(setting, row, a, lpips=a / 100) for row, a in rows.items()]
 
-    found = [differences for *_, differences in claim_e({'ablation': cells})]
+
+def test_circle_and_stages_are_compared_with_the_other_held_still():
+    found = [
+        differences for *_, differences in claim_e({'ablation': ablation('5-shot')})
+    ]
 
     assert [x[0] for x in found] == pytest.approx(2 * [10, 10, 1, 1])
+
+
+def test_trials_of_different_conditions_are_no_pairs():
+    begun = cell('10-shot', 'circle yes, two-stage yes', 90, lpips=0.9)
+
+    found = claim_e({'ablation': [*ablation('5-shot'), begun]})
+
+    compared = [(name, differences) for name, *_, differences in found if differences]
+    assert [x[0] for _, x in compared] == pytest.approx(2 * [10, 10, 1, 1])
+    assert {name for name, _ in compared} == {'5-shot, accuracy', '5-shot, LPIPS'}
+
+
+def test_a_group_under_two_conditions_is_two_questions():
+    groups = dict.fromkeys(GROUPS, 50)
+    cells = [
+        cell(f'{shots}-shot, shifted', row, 50, groups=groups)
+        for shots in (5, 10)
+        for row in ('original', 'diff-ii')
+    ]
+
+    names = [name for name, *_ in claim_d({'ood': cells})]
+
+    assert len(names) == len(set(names)) == 2 * len(GROUPS)
 
 
 def split(ratio, accuracy, lpips, consistency):
@@ -93,6 +123,12 @@ def test_the_claims_follow_from_the_committed_cells():
     assert len(comparison_table(claims)) == sum(len(c.family) for c in claims)
     ticks = [t.get_text() for t in plot_claims(claims).axes[0].get_yticklabels()]
     assert ticks == [f'({c.letter}) {c.verdict}' for c in claims]
+
+
+def test_a_sweep_that_has_only_begun_compares_nothing():
+    cells = {'split': [split(0, 50, 0.2, 80)]}
+
+    assert [x for *_, x in claim_f(cells) + claim_g(cells)] == [{}] * 3
 
 
 def test_without_cells_nothing_is_tested(tmp_path):
