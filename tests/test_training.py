@@ -17,7 +17,7 @@ from diffii.evaluation import training
 from diffii.evaluation.classifier_files import load_classifier
 from diffii.evaluation.training import (
     KINDS,
-    Comparison,
+    TrainingComparison,
     check_comparison,
     compare_training,
     crossed_interval,
@@ -70,7 +70,7 @@ def settings_for(out, seeds=2, folds=2, **classifier):
 
 def comparison(images, synthetic, test, out='unused'):
     about = settings_for(out)
-    return Comparison(images, synthetic, test, about.comparison, None)
+    return TrainingComparison(images, synthetic, test, about.comparison, None)
 
 
 def test_every_part_has_images_of_a_category_that_has_two(images):

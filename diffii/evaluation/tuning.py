@@ -29,7 +29,7 @@ from .experiments import Experiment, check, classifier_settings
 from .experiments import make_synthetic
 from .statistics import verdict_of
 from .tasks import Condition, Configuration
-from .training import Cell, alone, fold_interval, fold_numbers
+from .training import Cell, fold_interval, fold_numbers, hold_folder
 from .training import learning_curve, read_cell, suited_classifier
 from ..run.folders import claim, holds_run, run_record
 
@@ -340,7 +340,7 @@ def tune(
     configurations = [t.configuration(choice) for choice in first]
     check(t.experiment, [t.condition(configurations)])
     claim(out, _about(t), RECORD)
-    with alone(out):
+    with hold_folder(out):
         right = {None: right_of(t, None)}
 
         def accuracy(choice):
