@@ -20,6 +20,7 @@ from diffii.base.settings import (
     Settings,
 )
 from diffii.method.denoising import two_stage_denoise
+from diffii.method.imagination import Guide, imagine
 from diffii.method.inversion import ddim_invert, images_to_invert
 from diffii.method.synthesis import make_plan
 from diffii.run import planning, runs
@@ -112,6 +113,31 @@ def test_calls_of_inversion_are_those_that_are_made(pipe, asked, given):
     ddim_invert(pipe, models.noise(1), cond, settings, models.noise(1), cond)
 
     assert sum(asked) == inversion_calls(settings)
+
+
+def test_a_guide_has_every_image_decoded_twice_in_each_step(pipe, monkeypatch):
+    settings = Settings.of(
+        pipe, 'tree', sampling=dict(method='gif'), guide=dict(steps=3)
+    )
+    decode, seen = pipe.vae.decode, []
+
+    def counted(z):
+        seen.append(len(z))
+        return decode(z)
+
+    def look(x):
+        return x.flatten(1)[:, :2], x.flatten(1)
+
+    monkeypatch.setattr(pipe.vae, 'decode', counted)
+    start, labels = torch.zeros(2, 2, 4, 1, 1), torch.tensor([0, 1])
+    with Guide(look, settings.guide).attached(pipe):
+        imagine(pipe, models.noise(2), start, labels, labels)
+    work = plan_run(pipe, TREES, settings, dict(SECONDS, look=0.04)).work
+
+    [row] = [row for row in work if row['stage'] == 'guiding']
+    assert sum(seen) == 2 * 3 * 2
+    assert row['images'] == 2 * 3 * made_images(TREES, settings.sampling)
+    assert row['seconds'] == pytest.approx(row['images'] * (0.02 + 0.04) / 2)
 
 
 @pytest.mark.parametrize('flip', (True, False))
@@ -404,6 +430,7 @@ def test_a_long_call_is_timed_once(clock):
 @pytest.mark.parametrize('kind', ('sd1', 'xl'))
 def test_timed_batches_leave_the_model_as_it_was(kind, monkeypatch):
     pipe = models.load(models.checkpoint(kind))
+    settings = Settings.of(pipe, 'tree', sampling=dict(method='gif'))
     before = models.weights(pipe)
 
     def once(call, most):
@@ -411,12 +438,13 @@ def test_timed_batches_leave_the_model_as_it_was(kind, monkeypatch):
         return 1
 
     monkeypatch.setattr(planning, 'seconds_per_image', once)
-    seconds = planning.time_stages(pipe, Settings.of(pipe, 'tree'))
+    seconds = planning.time_stages(pipe, settings)
 
-    assert seconds == dict(step=1, call=1, decoding=1)
+    assert seconds == dict(step=1, call=1, decoding=1, look=1)
     after = models.weights(pipe)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert all(p.grad is None for p in pipe.unet.parameters())
+    networks = pipe.unet, pipe.vae
+    assert all(p.grad is None for net in networks for p in net.parameters())
 
 
 # ---- the whole plan
@@ -459,6 +487,16 @@ def test_the_plan_as_text_says_what_to_change(pipe, monkeypatch):
     for stage in ('learning', 'inversion', 'sampling', 'decoding'):
         assert f'change {stage}' in text
     assert 'in float32' in text and 'disk: up to' in text
+    assert 'not counted' not in text
+
+
+def test_the_plan_of_a_guide_says_what_is_not_counted(pipe):
+    settings = Settings.of(pipe, 'tree', sampling=dict(method='gif'))
+
+    text = str(plan_run(pipe, TREES, settings, dict(SECONDS, look=0.04)))
+
+    assert 'guiding' in text
+    assert 'not counted: training the guide, its own calls' in text
 
 
 @pytest.fixture
