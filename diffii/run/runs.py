@@ -182,14 +182,6 @@ class Run:
         return METHODS[self.settings.sampling.method]
 
     @property
-    def guide(self) -> GuideSettings | None:
-        return self.settings.guide if self.method.imagined else None
-
-    @property
-    def edit(self) -> EditSettings | None:
-        return self.settings.edit if self.method.start == 'edit' else None
-
-    @property
     def seed(self) -> int:
         return self.settings.run.seed
 
@@ -220,6 +212,18 @@ class Run:
         )
 
 # %% ../../nbs/run/runs.ipynb #a62a0c32
+@patch(as_prop=True)
+def guide(self: Run) -> GuideSettings | None:
+    "The settings of the guide, where the method has one."
+    return self.settings.guide if self.method.imagined else None
+
+
+@patch(as_prop=True)
+def edit(self: Run) -> EditSettings | None:
+    "The settings of edits, where the method edits."
+    return self.settings.edit if self.method.start == 'edit' else None
+
+
 @patch
 def _words(self: Run):
     "What the record says of the words that stand for the categories in prompts."
