@@ -111,25 +111,44 @@ def test_any_share_of_fresh_noise_keeps_the_variance(share):
     ],
 )
 def test_calls_are_spread_over_what_is_left_of_the_grid(calls, start, steps):
-    settings = SamplingSettings(few_step='own', calls=calls)
+    settings = SamplingSettings(few_step='x', calls=calls)
 
     assert visited_steps(settings, start) == steps
 
 
-def test_few_step_weights_sample_without_guidance():
-    settings = SamplingSettings(few_step='own', guidance_scale=7.5, solver='dpm++')
+@pytest.mark.parametrize(
+    'calls, guidance, steps', [(4, 1, [0, 6, 12, 18]), (4, 2, [0, 12]), (2, 1.5, [0])]
+)
+def test_a_guided_step_takes_two_calls(calls, guidance, steps):
+    settings = SamplingSettings(few_step='x', calls=calls, few_step_guidance=guidance)
+
+    assert visited_steps(settings) == steps
+
+
+@pytest.mark.parametrize('given', [1, 7.5])
+def test_guidance_of_exact_sampling_is_not_that_of_few_steps(given):
+    settings = SamplingSettings(few_step='x', guidance_scale=given, solver='dpm++')
 
     assert (settings.guidance_scale, settings.solver) == (1, 'ddim')
 
 
 @pytest.mark.parametrize(
-    'place, calls, share', [('own', 4, 0), ('lcm.safetensors', 8, 1)]
+    'place, calls, guidance, share', [('own', 4, 2, 0), ('lcm.safetensors', 8, 1, 1)]
 )
-def test_the_models_own_weights_have_defaults_of_their_own(place, calls, share):
+def test_the_models_own_weights_have_defaults_of_their_own(
+    place, calls, guidance, share
+):
     usual = SamplingSettings(few_step=place)
+    other = SamplingSettings(few_step=place, fresh_noise=0.5, few_step_guidance=1.5)
 
-    assert (usual.calls, usual.fresh_noise) == (calls, share)
-    assert SamplingSettings(few_step=place, fresh_noise=0.5).fresh_noise == 0.5
+    assert (usual.calls, usual.guidance_scale) == (calls, guidance)
+    assert usual.fresh_noise == share
+    assert (other.fresh_noise, other.guidance_scale) == (0.5, 1.5)
+
+
+def test_few_steps_are_not_more_than_the_grid_has():
+    assert SamplingSettings(few_step='x', steps=5).calls == 5
+    assert SamplingSettings(few_step='own', steps=1).calls == 2
 
 
 @pytest.mark.parametrize(
@@ -137,7 +156,10 @@ def test_the_models_own_weights_have_defaults_of_their_own(place, calls, share):
     [
         (dict(calls=4), '--calls: is of few-step sampling; give --few-step too'),
         (dict(fresh_noise=0), '--fresh-noise: is of few-step sampling'),
-        (dict(few_step='own', calls=9, steps=8), '--calls 9: more than --steps 8'),
+        (dict(few_step_guidance=2), '--few-step-guidance: is of few-step sampling'),
+        (dict(few_step='x', calls=9, steps=8), '--calls 9: more than --steps 8 take'),
+        (dict(few_step='own', calls=5), '--calls 5: a guided step takes two; give an'),
+        (dict(few_step='own', calls=18, steps=8), 'more than --steps 8 take; give 16'),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(given, message):
@@ -155,7 +177,7 @@ def test_fresh_noise_must_be_given(pipe):
 
 def test_the_first_calls_see_the_suffix(pipe):
     plain, suffixed = (pipe.encode_prompts([p] * 2) for p in ('a tree', 'a red tree'))
-    settings = SamplingSettings(few_step='own', calls=2, fresh_noise=0, split_ratio=0.5)
+    settings = SamplingSettings(few_step='x', calls=2, fresh_noise=0, split_ratio=0.5)
     grid = ddim_grid(pipe, 25)
 
     ours = two_stage_denoise(pipe, noise(2), plain, suffixed, settings)
@@ -349,8 +371,17 @@ def test_rows_of_earlier_versions_have_no_few_steps(made):
     row = {k: v for k, v in made.rows[0].items() if k not in new}
 
     assert settings_of(row) == replace(
-        settings_of(made.rows[0]), few_step=None, calls=None, fresh_noise=None
+        settings_of(made.rows[0]), **dict.fromkeys((*new, 'few_step_guidance'))
     )
+
+
+@pytest.mark.parametrize('guidance', [1.0, 2.0])
+def test_a_row_says_how_its_few_steps_were_guided(made, guidance):
+    from diffii.method.synthesis import settings_of
+
+    row = made.rows[0] | dict(few_step='own', calls=4, guidance_scale=guidance)
+
+    assert settings_of(row).guidance_scale == guidance
 
 
 # experiments

@@ -33,8 +33,8 @@ def visited_steps(
     if not settings.few_step:
         return list(range(start, settings.steps, settings.stride))
     left = settings.steps - start
-    calls = max(1, round(settings.calls * left / settings.steps))
-    return [start + i * left // calls for i in range(calls)]
+    steps = max(1, round(settings.few_steps * left / settings.steps))
+    return [start + i * left // steps for i in range(steps)]
 
 # %% ../../nbs/method/denoising.ipynb #b729de1b
 def denoising_steps(
@@ -45,7 +45,7 @@ def denoising_steps(
     negative: Conditioning | None,  # n rows: the unconditional prompt
     settings: SamplingSettings,
     start: int = 0,  # step to begin at
-    # (calls - 1, n, c, h, w) standard normal, for few-step sampling with fresh noise
+    # (steps - 1, n, c, h, w) standard normal, for few-step sampling with fresh noise
     fresh: torch.Tensor | None = None,
 ):  # -> generator of (step, latents before it); the last one is (steps, clean latents)
     "The trajectory of a batch, one solver step at a time."
@@ -84,7 +84,7 @@ def two_stage_denoise(
     start: int = 0,  # step to begin at; above 0 where the latents are noised images
     # the unconditional prompt, one row or n; by default the empty prompt
     negative: Conditioning | None = None,
-    # (calls - 1, n, c, h, w) standard normal, for few-step sampling with fresh noise
+    # (steps - 1, n, c, h, w) standard normal, for few-step sampling with fresh noise
     fresh: torch.Tensor | None = None,
 ) -> torch.Tensor:  # (n, c, h, w) float32 on the CPU: clean latents
     """Denoise a batch, every image under its own prompts (arXiv 2408.16266, Section 3.3).
@@ -92,7 +92,7 @@ def two_stage_denoise(
     settings = settings or SamplingSettings(split_ratio=0)
     needed = settings.suffixed_steps and suffixed is None
     require(not needed, 'two_stage_denoise: split_ratio above 0 needs suffixed prompts')
-    needed = settings.fresh_noise and settings.calls > 1 and fresh is None
+    needed = settings.fresh_noise and settings.few_steps > 1 and fresh is None
     require(not needed, 'two_stage_denoise: fresh_noise above 0 needs fresh noise')
     if not len(latents):
         return latents

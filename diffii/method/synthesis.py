@@ -105,8 +105,10 @@ def settings_of(row: dict) -> SamplingSettings:
     "What a row says of its sampling, as settings."
     names = ('method', *_of_sampling(SamplingSettings()))
     # rows of earlier versions lack what those did not know
-    known = [name for name in names if name != 'start' and name in row]
-    return SamplingSettings(**{name: row[name] for name in known})
+    known = {n: row[n] for n in names if n != 'start' and n in row}
+    if known.get('few_step'):
+        known['few_step_guidance'] = known['guidance_scale']
+    return SamplingSettings(**known)
 
 # %% ../../nbs/method/synthesis.ipynb #d643dc0f
 def _start(plan, k, j):
@@ -326,14 +328,14 @@ def _row_generator(row, purpose):
 def fresh_noise(
     rows: list,  # of one batch
     pipe: Pipeline,
-) -> torch.Tensor | None:  # (calls - 1, n, c, h, w); None where none is needed
-    "The noise that few-step sampling puts between its calls, each row's own."
+) -> torch.Tensor | None:  # (steps - 1, n, c, h, w); None where none is needed
+    "The noise that few-step sampling puts between its steps, each row's own."
     settings, drawn = settings_of(rows[0]), []
-    if not settings.fresh_noise or settings.calls < 2:
+    if not settings.fresh_noise or settings.few_steps < 2:
         return None
     for row in rows:
         key = row['seed'], 'calls', row['source_label'], row['index'], row['attempt']
-        shape = settings.calls - 1, *pipe.latent_shape
+        shape = settings.few_steps - 1, *pipe.latent_shape
         drawn.append(torch.randn(shape, generator=generator(*key)))
     return torch.stack(drawn, 1)
 
