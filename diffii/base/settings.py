@@ -449,17 +449,15 @@ class SamplingSettings(Group):
     # how a step is made: ddim as in the paper, or dpm++ (arXiv 2211.01095)
     solver: str = setting('ddim', choices=SOLVERS)
     stride: int = setting(1, least=1)  # steps of the grid that sampling takes in one
-    # few-step weights, a LoRA that samples in a few calls of the U-Net: a file, a
-    # name on the hub, as latent-consistency/lcm-lora-sdv1-5, or own, which lies beside
-    # the model
+    # few-step weights, a LoRA that samples in a few calls of the U-Net: a file, a name on
+    # the hub, as latent-consistency/lcm-lora-sdv1-5, or own, which lies beside the model
     few_step: str | None = setting(None)
     # calls of the U-Net for an image with few-step weights; by default 4 with own, else 8
     calls: int | None = setting(None, least=1)
     # guidance scale with few-step weights; above 1, a step takes two of the calls. By
     # default 2 with own, else 1, which is none
     few_step_guidance: float | None = setting(None, least=1)
-    # between two steps, share of noise that is fresh: by default 1, as latent
-    # consistency has it, and 0 with own, which stays near one trajectory
+    # share of fresh noise between such steps; by default 0 with own, else 1 as in LCM
     fresh_noise: float | None = setting(None, least=0, most=1)
 
 # %% ../../nbs/base/settings.ipynb #9230b0c4
@@ -493,7 +491,7 @@ def _check_few_step(self: SamplingSettings):
     self.solver, self.stride = 'ddim', 1
     self._check_calls(usual['calls'])
 
-
+# %% ../../nbs/base/settings.ipynb #c41f07be
 @patch
 def _check_calls(self: SamplingSettings, usual: int):
     "A step of few-step sampling takes one call, or two where it is guided."
