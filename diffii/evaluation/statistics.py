@@ -140,6 +140,7 @@ def plot_comparisons(
         _draw_dots(ax, family)
         ax.set_title(title, fontsize=9)
         ax.set_xlabel(label, fontsize=8)
+        ax.tick_params('x', labelbottom=True, labelsize=8)
     return fig
 
 
