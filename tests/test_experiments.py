@@ -32,7 +32,9 @@ def test_the_table_of_a_finished_experiment_follows_from_its_cells(folder):
     kept = read_json(folder / 'table.json')
     assert len(table) == len(kept)
     assert table.accuracy.tolist() == pytest.approx([line['accuracy'] for line in kept])
-    made = f'version {record.get("version", 1)} of the model tiny by diffii 0.1.0, protocol 1'
+    version, protocol = record.get('version', 1), record.get('protocol', 1)
+    by = '0.1.0' if protocol == 1 else '0.2.0'
+    made = f'version {version} of the model tiny by diffii {by}, protocol {protocol}'
     assert made in notes(cells, record)[0]
     assert summary_lines(folder)
 
