@@ -17,6 +17,7 @@ from diffii.method.diffusion import ddim_grid, ddim_step
 from diffii.method.few_step import FewStep, open_few_step
 from diffii.run.folders import RunFolder
 from diffii.run.review import remake
+from diffii.run.planning import unet_calls
 from diffii.run.runs import synthesize
 
 import numpy as np
@@ -175,10 +176,17 @@ def test_fresh_noise_must_be_given(pipe):
         two_stage_denoise(pipe, noise(2), plain, settings=settings)
 
 
-def test_the_first_calls_see_the_suffix(pipe):
+@pytest.mark.parametrize('calls, guidance', [(2, 1), (4, 2)])
+def test_the_first_step_sees_the_suffix_guided_or_not(pipe, calls, guidance):
     plain, suffixed = (pipe.encode_prompts([p] * 2) for p in ('a tree', 'a red tree'))
-    settings = SamplingSettings(few_step='x', calls=2, fresh_noise=0, split_ratio=0.5)
-    grid = ddim_grid(pipe, 25)
+    empty, grid = pipe.encode_prompts([''] * 2), ddim_grid(pipe, 25)
+    settings = SamplingSettings(
+        few_step='x',
+        calls=calls,
+        few_step_guidance=guidance,
+        fresh_noise=0,
+        split_ratio=0.5,
+    )
 
     ours = two_stage_denoise(pipe, noise(2), plain, suffixed, settings)
 
@@ -186,9 +194,11 @@ def test_the_first_calls_see_the_suffix(pipe):
     with torch.inference_mode():
         for step, there, prompts in ((0, grid.abar[12], suffixed), (12, 1, plain)):
             t = grid.timesteps[step]
-            eps = pipe.predict_eps(x, t, prompts)
+            eps, other = (pipe.predict_eps(x, t, p) for p in (prompts, empty))
+            eps = other + guidance * (eps - other)
             x = consistency_step(x, eps, t, (grid.abar[step], there), share=0)
     torch.testing.assert_close(ours, x, atol=1e-4, rtol=1e-4)
+    assert unet_calls(pipe, settings) == calls
 
 
 # the weights
