@@ -13,6 +13,7 @@ from diffii.evaluation.claims import (
     claim_e,
     claim_f,
     claim_g,
+    claim_h,
     claim_table,
     comparison_table,
     plot_claims,
@@ -114,12 +115,30 @@ def test_the_split_ratio_compares_relative_change_and_inner_ratios():
     assert inner == [{0: 10}, {0: 5}]
 
 
+def test_the_recipe_is_compared_with_every_other_row_of_four_tables():
+    rows = dict(original=40, cutmix=45)
+    rows['diff-ii'] = 50
+    rows['diffii'] = 55
+    names = dict.fromkeys(('few-shot', 'few-shot-10', 'long-tail', 'ood'))
+    cells = {n: [cell(n, row, a) for row, a in rows.items()] for n in names}
+
+    found = claim_h(cells)
+
+    assert [x[:3] for x in found] == [
+        (n, 'diffii', other)
+        for n in names
+        for other in ('original', 'cutmix', 'diff-ii')
+    ]
+    assert [x[3][0] for x in found] == 4 * [15, 10, 5]
+
+
 def test_the_claims_follow_from_the_committed_cells():
     claims = claims_on(RESULTS)
 
     assert [c.letter for c in claims] == list(CLAIMS)
-    assert all(c.family for c in claims)
-    assert len(claim_table(claims)) == 7
+    # a table has the row of the recipe from its newest cells on
+    assert all(c.family for c in claims if c.letter != 'h')
+    assert len(claim_table(claims)) == 8
     assert len(comparison_table(claims)) == sum(len(c.family) for c in claims)
     ticks = [t.get_text() for t in plot_claims(claims).axes[0].get_yticklabels()]
     assert ticks == [f'({c.letter}) {c.verdict}' for c in claims]

@@ -8,12 +8,14 @@ import pytest
 from diffii.base.batches import Pixels
 from diffii.base.files import UserError
 from diffii.base.images import few_shot
-from diffii.base.settings import BenchmarkSettings, ConceptSettings, TrialSettings
+from diffii.base.settings import BenchmarkSettings, ConceptSettings, Settings
+from diffii.base.settings import TrialSettings
 from diffii.data.digits import digits_set
 from diffii.data.sets import shipped_set
 from diffii.evaluation.experiments import (
     Experiment,
     _scores,
+    cell_settings,
     classifier_settings,
     trial_suffixes,
 )
@@ -78,6 +80,37 @@ def test_on_long_tails_every_generative_method_draws_rare_categories_more(
     found = classifier_settings(e, condition, condition.configurations[0])
 
     assert found.category == category
+
+
+NOTES = dict(
+    inversion=dict(forward_steps=2, fixed_point_iters=1),
+    sampling=dict(guidance_scale=2.0, expansion=7, split_ratio=0.2, noise_share=0.5),
+)
+
+
+@pytest.mark.parametrize('task, split', [('few-shot', 0.1), ('long-tail', 1.0)])
+def test_the_recipe_is_what_the_model_recommends_and_other_rows_are_the_papers(
+    tmp_path, task, split
+):
+    data = shipped_set('digits')
+    given = dict(shots=10) if task == 'few-shot' else dict(imbalance=10)
+    asked = TrialSettings(methods='diffii,diff-ii,da-fusion', **given)
+    [condition] = conditions(task, data, asked)
+    e = experiment(task, tmp_path, data)
+    e.pipe = SimpleNamespace(recommended=NOTES)
+
+    recipe, paper, other = (
+        cell_settings(e, condition, c, 0) for c in condition.configurations
+    )
+
+    no_flip = dict(images=dict(flip=data.flip))
+    said_nothing = Settings.of(e.pipe, 'digit', **no_flip)
+    assert recipe.sampling == said_nothing.sampling
+    assert recipe.inversion == said_nothing.inversion
+    assert paper.inversion == Settings.of(None, **no_flip).inversion
+    assert (paper.sampling.split_ratio, paper.sampling.noise_share) == (split, 0)
+    assert paper.sampling.expansion == other.sampling.expansion == 5
+    assert {s.sampling.guidance_scale for s in (recipe, paper, other)} == {2.0}
 
 
 def test_a_category_of_n_images_is_drawn_with_a_weight_of_one_over_n_plus_one():

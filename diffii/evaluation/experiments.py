@@ -22,7 +22,7 @@ from ..base.pictures import grid
 from ..base.records import read_record, write_record
 from ..base.seeds import seed_of
 from ..base.settings import BenchmarkSettings, ClassifierSettings, ConceptSettings
-from ..base.settings import Settings, model_notes
+from ..base.settings import Settings
 from ..data.sets import DataSet
 from .tables import RUN_AGAIN, Cell, write_tables
 from .tasks import SHIPPED, Condition, Configuration
@@ -86,12 +86,7 @@ def cell_settings(
 ) -> Settings:
     "The settings of the synthetic images of a cell. Raises `UserError` for wrong ones."
     e, pipe = experiment, experiment.pipe
-    recommended = pipe.recommended.get('sampling', {})
-    usual = {
-        name: value
-        for name, value in condition.sampling.items()
-        if name not in recommended or e.task == 'long-tail'
-    }
+    usual = {} if configuration.recipe else condition.sampling
     short = dict(expansion=1, steps=5) if e.quick else {}
     short_learning = dict(steps=10, batch_size=8) if e.quick else {}
     return Settings.of(
@@ -488,10 +483,13 @@ def about_run(e: Experiment, dataset: str) -> dict:
     model = {k: v for k, v in model.items() if k not in ('device', 'compile')}
     if s.model.dtype == 'auto':
         model['dtype'] = e.pipe.dtype_name
+    notes = dict(e.pipe.recommended)
+    version = notes.pop('version', 1)
     if s.model.model == 'tiny':
-        which = dict(version=model_notes('tiny').get('version', 1))
+        which = dict(version=version)
     else:
         which = dict(model_digest=model_digest(e.pipe))
+    which |= dict(recommended=notes)
     if e.task == 'few-step':
         which |= dict(few_step=open_few_step(e.pipe, 'own').digest())
     about = dict(task=e.task, dataset=dataset, data=data, trials=trials)

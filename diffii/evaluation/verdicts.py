@@ -23,17 +23,17 @@ from diffii.evaluation.tables import (
     plot_table,
     rebuild_tables,
 )
-from .tasks import SWEEPS, WHOLE, paper_split
+from .tasks import EXACT, RECIPE, SWEEPS, WHOLE, paper_sampling
 
 # %% ../../nbs/evaluation/verdicts.ipynb #54735c07
 def usual_row(rows: list, condition: str = '', model: str = 'tiny') -> str | None:
-    """Diff-II as it is, among the configurations of a table: by name; in a sweep the value
-    that the model recommends, or else the paper's."""
-    for name in ('diff-ii', WHOLE):
+    """The recipe or Diff-II as it is, among the configurations of a table: by name; in a
+    sweep the value that the model recommends, or else the paper's."""
+    for name in (RECIPE, 'diff-ii', EXACT, WHOLE):
         if name in rows:
             return name
     shots = condition.split('-shot')[0]
-    paper = paper_split(int(shots)) if shots.isdigit() else {}
+    paper = paper_sampling(int(shots)) if shots.isdigit() else {}
     defaults = dict(sampling=asdict(SamplingSettings()) | paper)
     defaults['inversion'] = asdict(InversionSettings())
     notes = model_notes(model)
