@@ -9,7 +9,16 @@ from PIL import Image
 from small_models import checkpoint
 
 from diffii.base.files import UserError
-from diffii.start.demo import demo, over_trials, write_report
+from diffii.base.records import write_record
+from diffii.start.demo import (
+    Demo,
+    Job,
+    demo,
+    over_trials,
+    run_job,
+    work_on,
+    write_report,
+)
 
 RESULTS = dict(
     data='digits',
@@ -32,7 +41,7 @@ RESULTS = dict(
 
 
 def trials_of(before, after):
-    "What `compare` returns, for some trials."
+    "Accuracies by kind, for some trials."
     pairs = zip(before, after)
     return [{'original': a, 'original + synthetic': b} for a, b in pairs]
 
@@ -123,7 +132,8 @@ def results(finished):
 
 def test_the_folder_holds_results_report_and_images(finished, results):
     out, _ = finished
-    names = ['.demo.json', 'report.html', 'results.json', 'synthetic-0', 'synthetic-1']
+    names = ['.demo', '.demo.json', 'report.html', 'results.json']
+    names += ['synthetic-0', 'synthetic-1']
     assert sorted(p.name for p in out.iterdir()) == names
     assert (results['real'], results['synthetic']) == (20, 40)
     assert len(list((out / 'synthetic-1').glob('train/*/*.png'))) == 40
@@ -156,3 +166,63 @@ def test_the_report_opens_in_a_browser_and_fetches_nothing(finished, open_page):
     named = re.findall(r'(?:src|href)\s*=\s*"([^"]*)"', page.read_text())
     assert all(link.startswith('data:') for link in named)
     assert 'url(' not in re.sub(r'base64,[^"]*', '', page.read_text())
+
+
+def test_a_finished_demo_trains_nothing_again(finished, results, monkeypatch):
+    monkeypatch.setattr('diffii.start.demo.run_job', None)  # would be called
+
+    again = demo(finished[0], quick=True, shots=2, trials=2)
+
+    for name in ('accuracy', 'lpips', 'inversions', 'verdict'):
+        assert again[name] == results[name]
+
+
+# ---- its jobs
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    "A demo of two trials whose jobs only leave their record, and the jobs done."
+    done = []
+
+    def note(demo, job):
+        done.append(job)
+        write_record(demo.record(job), {})
+
+    monkeypatch.setattr('diffii.start.demo._do', note)
+    about = dict(quick=False, seed=0)
+    return Demo(tmp_path, about, 2, None, None, None, None), done
+
+
+def test_images_come_before_classifiers_that_see_them_and_others_last(begun):
+    demo, done = begun
+
+    list(work_on(demo))
+
+    kinds = [(job.kind.split()[-1], job.trial) for job in done]
+    own = [('images', 0), ('synthetic', 0), ('synthetic', 0)]
+    assert kinds[:3] == own
+    assert kinds[6:] == [('original', 0)] * 2 + [('original', 1)] * 2
+    assert len(set(done)) == len(done) == 10
+
+
+def test_a_classifier_makes_the_images_that_a_lost_worker_did_not(begun):
+    demo, done = begun
+    job = Job('original + synthetic', 1, 1)
+
+    run_job(demo, job)
+    run_job(demo, Job('original + synthetic', 1, 0))
+
+    assert done[:2] == [Job('images', 1), job]
+    assert len(done) == 3
+
+
+def test_two_workers_do_every_job_once(begun):
+    demo, done = begun
+    one, other = work_on(demo), work_on(demo)
+
+    for turn in (one, other) * 6:
+        next(turn, None)
+
+    assert sorted(job.name for job in done) == sorted(j.name for j in demo.jobs())
+    assert [job.trial for job in done[:4]] == [0, 1, 0, 1]

@@ -2,13 +2,23 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 
 from diffii.base.files import read_json
 from diffii.base.settings import BenchmarkSettings
 from diffii.evaluation.experiments import benchmark
-from diffii.evaluation.workers import Share, at_work, taken, workers
+from diffii.evaluation.workers import (
+    Share,
+    at_work,
+    helpers,
+    share_of_cores,
+    spare_workers,
+    taken,
+    while_parent_lives,
+    workers,
+)
 from conftest import clean_environment
 
 # locks
@@ -164,3 +174,58 @@ def test_two_processes_share_an_experiment(tmp_path):
     assert cells == [f'2-shot--{name}--{trial}' for name in names for trial in (0, 1)]
     assert workers(out / 'work' / 'locks') == 0
     assert (out / 'table.csv').is_file()
+
+
+# helpers
+
+
+def test_helpers_have_ended_after_the_block(tmp_path):
+    with helpers(1, 'os:mkdir', str(tmp_path / 'made')):
+        pass
+
+    assert (tmp_path / 'made').is_dir()
+
+
+def test_a_helper_that_fails_is_no_error(tmp_path):
+    with helpers(1, 'os:mkdir', str(tmp_path / 'no' / 'such')):
+        pass
+
+
+def test_an_error_in_the_block_ends_the_helpers(tmp_path):
+    began = time.monotonic()
+
+    with pytest.raises(RuntimeError, match='mine'):
+        with helpers(1, 'time:sleep', 300):
+            raise RuntimeError('mine')
+
+    assert time.monotonic() - began < 100
+
+
+@pytest.mark.parametrize(
+    'threads, most, expected', [(1, 3, 0), (2, 3, 1), (8, 3, 2), (8, 0, 0)]
+)
+def test_there_are_no_more_workers_than_threads_or_jobs(
+    monkeypatch, threads, most, expected
+):
+    monkeypatch.setattr('torch.get_num_threads', lambda: threads)
+    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
+
+    assert spare_workers(most) == expected
+
+
+def test_threads_are_shared_with_workers_that_have_not_begun(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr('torch.get_num_threads', lambda: 6)
+    monkeypatch.setattr('torch.set_num_threads', given.append)
+
+    with share_of_cores(tmp_path, least=3) as share:
+        share()
+
+    assert given == [2, 6]  # and all of them again at the end
+
+
+def test_a_helper_left_alone_takes_no_further_job(monkeypatch):
+    parents = iter([7, 7, 7, 1])
+    monkeypatch.setattr('os.getppid', lambda: next(parents))
+
+    assert list(while_parent_lives(iter('abcd'))) == ['a', 'b']

@@ -50,8 +50,9 @@ ORDINARY = {
 
 def configuration(name: str) -> Configuration:
     """A configuration by name: an augmenter with the paper's settings; `RECIPE`, which
-    has the model's; or CE, CMO, CMO+DRW, methods of training. One of `ORDINARY` is added to any of these, as 'diff-ii + trivial-augment', or stands
-    alone; one of `ADDED` to an augmenter, as 'random-noise + suffix'."""
+    has the model's; or CE, CMO, CMO+DRW, methods of training. One of `ORDINARY` is added
+    to any of these, as 'diff-ii + trivial-augment', or stands alone; one of `ADDED` to an
+    augmenter, as 'random-noise + suffix'."""
     from diffii.evaluation.long_tail import LONG_TAIL
 
     first, _, last = name.rpartition(' + ')
