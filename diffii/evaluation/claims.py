@@ -82,7 +82,7 @@ def claim_d(cells):
         )
     return found
 
-# %% ../../nbs/evaluation/claims.ipynb #e83964bf
+# %% ../../nbs/evaluation/claims.ipynb #927bc507
 def claim_e(cells):
     pairs = [((True, x), (False, x)) for x in (False, True)]
     pairs += [((x, True), (x, False)) for x in (False, True)]
@@ -133,7 +133,7 @@ def _mean_inside(cells):  # -> trial -> accuracy
     shared = set.intersection(*map(set, trials)) if trials else ()
     return {t: sum(x[t] for x in trials) / len(trials) for t in sorted(shared)}
 
-
+# %% ../../nbs/evaluation/claims.ipynb #a1fed871
 def claim_h(cells):
     found = []
     for task in NEEDED['h']:

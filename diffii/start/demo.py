@@ -296,7 +296,7 @@ def _do_all(demo):
     for _ in work_on(demo):  # what a helper has left behind
         pass
 
-# %% ../../nbs/start/demo.ipynb #a39b87f1
+# %% ../../nbs/start/demo.ipynb #e7614e59
 @patch
 def found(self: Demo, kind: str) -> list:  # of dicts, trial by trial
     "What the finished jobs of a kind found."
@@ -319,7 +319,7 @@ def accuracies(self: Demo) -> list:  # of dicts, one for each trial
 
     return [{kind: mean(kind, t) for kind in KINDS} for t in range(self.trials)]
 
-
+# %% ../../nbs/start/demo.ipynb #a46d2fc7
 def summary(demo: Demo) -> dict:
     "What is reported of all trials."
     from diffii.run.pools import load_pool
