@@ -148,6 +148,7 @@ SHORT = dict(shots=2, trials=1, quick=True)
         ('ablation', 'digits', {}, 6),
         ('split', 'digits', dict(values='0,1'), 3),
         ('forward', 'aviary', dict(values='1,3'), 3),
+        ('inversions', 'digits', dict(values='1,2'), 3),
     ],
 )
 def test_every_kind_of_task_runs(tmp_path, task, dataset, trials, rows):

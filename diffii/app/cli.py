@@ -321,8 +321,8 @@ def speed(
 
 # %% ../../nbs/app/cli.ipynb #f8ff627e
 TaskArgument = typer.Argument(
-    help='few-shot, long-tail, ood, ablation, split, expansion, guidance, forward, fast, '
-    'few-step or strength.'
+    help='few-shot, long-tail, ood, ablation, split, expansion, guidance, forward, '
+    'inversions, fast, few-step or strength.'
 )
 DatasetOption = typer.Option(
     help="digits, aviary, one of the paper's data sets, as cub (with --root), or a folder "

@@ -137,13 +137,15 @@ SWEEPS = dict(
     expansion=('sampling', 'expansion', (1, 2, 5, 10)),
     guidance=('sampling', 'guidance_scale', (1, 2, 4, 7.5)),
     forward=('inversion', 'forward_steps', (2, 8, 14, 20)),
+    inversions=('inversion', 'per_image', (1, 2, 4)),
 )
 
 
 def sweep(task: str, values: tuple = ()) -> list:
     "Diff-II at each value of the setting of a sweep."
     group, name, usual = SWEEPS[task]
-    number = int if name in ('expansion', 'forward_steps') else float
+    whole = 'expansion', 'forward_steps', 'per_image'
+    number = int if name in whole else float
     found = []
     for value in map(number, values or usual):
         given = dict(sampling=dict(method='diff-ii'))
