@@ -177,6 +177,18 @@ def test_a_finished_demo_trains_nothing_again(finished, results, monkeypatch):
         assert again[name] == results[name]
 
 
+def test_an_image_that_was_lost_is_made_again(finished, results):
+    out, _ = finished
+    lost = sorted((out / 'synthetic-1').glob('train/*/*.png'))[3]
+    before = lost.read_bytes()
+    lost.unlink()
+
+    again = demo(out, quick=True, shots=2, trials=2)
+
+    assert lost.read_bytes() == before
+    assert again['accuracy'] == results['accuracy']
+
+
 # ---- its jobs
 
 
