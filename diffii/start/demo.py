@@ -256,7 +256,7 @@ def verdict(
     interval = f'95 % interval +- {gain.ci95:.1f}'
     return f'{text} ({interval}; higher in {higher} of {len(pairs)} trials): {word}.'
 
-# %% ../../nbs/start/demo.ipynb #909a0b35
+# %% ../../nbs/start/demo.ipynb #936715ba
 def demo(
     out: str = 'diffii-demo',  # output folder: new, empty, or of the same demo
     data: str = 'digits',  # digits or aviary
@@ -284,7 +284,7 @@ def demo(
     write_report(opened.out / 'report.html', results, pictures)
     return results
 
-
+# %% ../../nbs/start/demo.ipynb #974e5e25
 def _do_all(demo):
     "Do all jobs, with helpers where there are cores for them."
     for t in range(demo.trials):
