@@ -859,8 +859,8 @@ class TrialSettings(Group):
     shots: tuple[int, ...] = setting((), least=1, first=True)
     # of long tails: how steeply the sizes of categories fall; by default 100,20,10
     imbalance: tuple[float, ...] = setting((), least=1)
-    # methods, as original,cutmix,diff-ii,'diff-ii + trivial-augment'; by default those of
-    # the paper
+    # methods, as original,cutmix,diff-ii,'diff-ii + trivial-augment', and diffii, what
+    # the model recommends; by default those of the paper and diffii
     methods: tuple[str, ...] = setting((), first=True)
     # of sweeps: the values, as 0,0.3,1; of few-step: the calls
     values: tuple[float, ...] = setting(())

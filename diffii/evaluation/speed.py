@@ -160,9 +160,10 @@ def _warm_up(pipe):
 # %% ../../nbs/evaluation/speed.ipynb #f9a44f04
 def exact_settings(**given) -> Settings:
     "The paper's settings, with plain inversions, whatever the model recommends."
-    plain = dict(forward_steps=0, fixed_point_iters=0, per_image=1)
+    from diffii.evaluation.tasks import PLAIN
+
     sampling = dict(guidance_scale=7.5, split_ratio=0.3) | given
-    return Settings.of(inversion=plain, sampling=sampling)
+    return Settings.of(inversion=PLAIN, sampling=sampling)
 
 # %% ../../nbs/evaluation/speed.ipynb #7aafc4cd
 def speed_table(

@@ -114,13 +114,14 @@ class MadeImages:
 def make_images(demo: Demo, t: int) -> dict:
     "The synthetic images of a trial, a page to look through them, and their diversity."
     from diffii.evaluation.gallery import write_review
+    from diffii.evaluation.tasks import PLAIN
     from diffii.run.runs import synthesize
 
     real, progress, about = demo.samples[t], demo.progress, demo.about
     given = dict(sampling=dict(few_step='own') if about.get('few_step') else {})
     if about['quick']:
         given['concepts'] = dict(steps=20, batch_size=8)
-        given['inversion'] = dict(per_image=1, forward_steps=0, fixed_point_iters=0)
+        given['inversion'] = PLAIN
         given['sampling'] |= dict(expansion=2)
     given |= dict(images=dict(flip=demo.images.flip), run=dict(seed=demo.seed(t)))
     settings = Settings.of(demo.pipe, real.metaclass, **given)
