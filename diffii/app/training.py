@@ -12,7 +12,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .options import FIRST, ConfigOption, ImagesArgument, PrintOption
+from .options import ConfigOption, ImagesArgument, PrintOption
 from .options import check_images, merged, read_images, takes, voice
 from ..base.settings import TrainSettings, TuneSettings, config_text
 from ..base.settings import group_kinds, specs

@@ -21,8 +21,7 @@ from ..base.files import folder_name, require, save_png
 from ..base.pictures import grid
 from ..base.records import read_record, write_record
 from ..base.seeds import seed_of
-from ..base.settings import BenchmarkSettings, ClassifierSettings, ConceptSettings
-from ..base.settings import Settings
+from ..base.settings import BenchmarkSettings, ClassifierSettings, Settings
 from ..data.sets import DataSet
 from .tables import RUN_AGAIN, Cell, write_tables
 from .tasks import SHIPPED, Condition, Configuration

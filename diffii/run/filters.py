@@ -8,6 +8,16 @@ __all__ = ['SCORERS', 'Scoring', 'folds_of', 'classifier_scores', 'targets_of', 
            'score_folder', 'worst_names', 'filter_folder', 'check_filter', 'nearest', 'drop_candidates']
 
 # %% ../../nbs/run/filters.ipynb #7cc41bc1
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import combinations, groupby, islice
+from operator import itemgetter
+
+import numpy as np
+import torch
+
 from ..base.backbones import build_model, square
 from ..base.batches import one_hot
 from ..base.embeddings import clip_vectors, named_clip, run_network
@@ -25,16 +35,6 @@ from ..method.concepts import Concepts
 from ..method.diffusion import noised
 from ..method.inversion import source_of
 from .folders import RunFolder, iter_rows
-
-import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from itertools import combinations, groupby, islice
-from operator import itemgetter
-from pathlib import Path
-import numpy as np
-import torch
 
 # %% ../../nbs/run/filters.ipynb #8a872518
 @dataclass

@@ -18,10 +18,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
+from fastcore.basics import patch
+
 from ..base.files import IMAGES, UserError, remove_unfinished, require
 from ..base.files import write_json
 from ..base.processes import processes
-from fastcore.basics import patch
 from diffii.base.records import (
     dump_lines,
     inside,
@@ -35,7 +36,6 @@ from diffii.base.records import (
 from ..base.settings import ConceptSettings, EditSettings, GuideSettings
 from ..base.settings import InversionSettings, SamplingSettings
 from .digests import Digests
-from fastcore.basics import patch
 
 # %% ../../nbs/run/folders.ipynb #25e0febc
 STATE = '.diffii'  # folder of the run's state inside the output folder

@@ -18,6 +18,8 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from ..base.files import UserError, require
 from ..base.images import ImageSet
 from ..base.methods import METHODS, Method
@@ -25,7 +27,6 @@ from ..base.pipeline import ROOMS, Pipeline, model_digest, same_model
 from ..base.processes import check_tracker, processes, reporter
 from ..base.records import inside, short
 from diffii.base.settings import (
-    ConceptSettings,
     EditSettings,
     GuideSettings,
     SamplingSettings,
@@ -65,7 +66,6 @@ from diffii.run.filters import (
 from diffii.run.folders import (
     N_SOURCES,
     RECORD,
-    STATE,
     RunFolder,
     claim,
     held,
@@ -76,7 +76,6 @@ from diffii.run.folders import (
 from .guides import check_guide, keep_guide, sampling_with
 from .planning import check_room
 from .pools import build_pool, save_pool
-from fastcore.basics import patch
 
 # %% ../../nbs/run/runs.ipynb #d18b0476
 class Rows(Sequence):
