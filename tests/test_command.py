@@ -65,6 +65,28 @@ def test_a_users_folder_becomes_a_folder_of_synthetic_images(augment, tmp_path):
     assert not [p for p in out.rglob('*') if p.suffix == '.tmp']
 
 
+def test_words_for_the_categories_go_into_the_prompts(augment, say, tmp_path):
+    out, file = tmp_path / 'out', tmp_path / 'words.yaml'
+    names = 'bird of paradise', 'œillet (red:1.2)', 'lonely'
+    words = {name: f'flower {i}, <red>' for i, name in enumerate(names)}
+    file.write_text(yaml.safe_dump(words, allow_unicode=True), encoding='utf-8')
+
+    assert made(augment('--out', out, '--words', file))
+    kept = json.loads((out / '.diffii' / 'concepts' / 'concepts.json').read_text())
+    assert kept['words'] == [words[name] for name in kept['classes']]
+    assert made(augment('--out', out, '--words', file))
+
+    answer = augment('--out', out)
+    assert answer.code == 2
+    assert 'words' in answer.err
+    del words['lonely']
+    file.write_text(yaml.safe_dump(words, allow_unicode=True), encoding='utf-8')
+    answer = augment('--out', tmp_path / 'other', '--words', file)
+    assert answer.code == 2
+    assert 'no words for lonely' in answer.err
+    assert not (tmp_path / 'other').exists()
+
+
 def test_a_page_to_look_at_the_images_ends_it(augment, tmp_path):
     out = tmp_path / 'out'
     answer = augment('--out', out, '--review')

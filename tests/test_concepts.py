@@ -526,3 +526,47 @@ def test_concepts_stay_float32_on_a_model_in_half_precision(pipe, strong):
     assert half.unet.dtype == torch.bfloat16
     difference = predicted(strong, half) - predicted(strong, pipe)
     assert difference.abs().max() < 0.15
+
+
+# ---- words behind the tokens
+
+
+@pytest.fixture
+def described(few):
+    "The same digits, with words for each category."
+    return replace(few, words=tuple(f'number <{k}> thin' for k in range(10)))
+
+
+def test_words_stand_behind_the_tokens(pipe, few, described, whole):
+    short = replace(SHORT, steps=1)
+    learned = learn_concepts(pipe, described, short)
+    without = learn_concepts(pipe, described, replace(short, with_words=False))
+    named = named_concepts(pipe, described)
+
+    text = 'a photo of a <c3> <c3>_1 number 3 thin digit in the snow.'
+    assert learned.prompt(3, 'in the snow.') == text
+    assert without.prompt(3) == whole.prompt(3) == 'a photo of a <c3> <c3>_1 digit'
+    assert named.prompt(3) == 'a photo of a number 3 thin digit'
+    assert learned.log != without.log
+    assert same_concepts(without, learn_concepts(pipe, few, short))
+
+
+def test_words_are_kept_and_belong_to_the_concepts(pipe, few, described, tmp_path):
+    short = replace(SHORT, steps=1)
+    learned = learn_concepts(pipe, described, short, folder=tmp_path)
+    read = Concepts.load(tmp_path)
+
+    assert read.words == described.words
+    assert read.digest() == learned.digest()
+    assert replace(read, words=()).digest() != learned.digest()
+    with pytest.raises(UserError, match='holds concepts of other settings'):
+        learn_concepts(pipe, few, short, folder=tmp_path)
+
+
+def test_a_checkpoint_knows_the_words(pipe, few, described, tmp_path):
+    interrupt(pipe, described, SHORT, tmp_path)
+
+    with pytest.raises(UserError, match='with another words'):
+        learn_concepts(pipe, few, SHORT, folder=tmp_path)
+    again = learn_concepts(pipe, described, SHORT, folder=tmp_path)
+    assert same_concepts(again, learn_concepts(pipe, described, SHORT))

@@ -15,6 +15,7 @@ from diffii.base.images import (
     image_folder,
     image_table,
     read_image,
+    read_words,
 )
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (24, 16, 3), dtype='uint8')
@@ -301,3 +302,40 @@ def test_a_category_whose_images_were_all_skipped_is_named(flowers):
 
     with pytest.raises(UserError, match='no readable image of carnation'):
         image_table(write_table(flowers, 'file_name,label\n' + text), skip_bad=True)
+
+
+# words
+
+
+BOTH = ('Red Kite', 'œillet')
+
+
+def test_words_are_read_in_the_order_of_the_categories(tmp_path):
+    file = tmp_path / 'words.yaml'
+    file.write_text('œillet: pink, ruffled\n"Red Kite": with a forked tail \n', 'utf-8')
+    assert read_words(file, BOTH) == ('with a forked tail', 'pink, ruffled')
+
+
+@pytest.mark.parametrize(
+    'text, told',
+    [
+        ('Red Kite: brown', 'no words for œillet; give a line for each category'),
+        ('Red Kite: brown\nœillet:', 'no words for œillet'),
+        ('Red Kite: brown\nœillet: pink\noak: green', 'oak: no such category'),
+        ('- brown\n- pink', 'give a line for each category, as Red Kite:'),
+        ('Red Kite: [brown', 'not valid YAML; mend it there'),
+        ('', 'no words for Red Kite, œillet'),
+    ],
+)
+def test_words_that_cannot_be_read_are_told(tmp_path, text, told):
+    file = tmp_path / 'words.yaml'
+    file.write_text(text, 'utf-8')
+    with pytest.raises(UserError) as e:
+        read_words(file, BOTH)
+    assert f'--words {file}' in str(e.value)
+    assert told in str(e.value)
+
+
+def test_a_missing_file_of_words_is_told(tmp_path):
+    with pytest.raises(UserError, match='cannot be read .No such file'):
+        read_words(tmp_path / 'none.yaml', BOTH)

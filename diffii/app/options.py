@@ -8,6 +8,7 @@ __all__ = ['TITLES', 'FIRST', 'ImagesArgument', 'ConfigOption', 'PrintOption', '
 
 # %% ../../nbs/app/options.ipynb #eb25e24a
 import inspect
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Optional
@@ -176,7 +177,7 @@ def read_images(
     seed: int = 0,  # of the sample, where only so many of each category are used
 ):  # -> ImageSet
     "The images that the settings name. Raises `UserError`."
-    from diffii.base.images import few_shot, image_folder, image_table
+    from diffii.base.images import few_shot, image_folder, image_table, read_words
 
     if Path(about.folder).suffix.lower() == '.csv':
         columns = dict(image=about.image_column, label=about.label_column)
@@ -185,6 +186,8 @@ def read_images(
         )
     else:
         found = image_folder(about.folder, about.metaclass, about.skip_bad)
+    if about.words:
+        found = replace(found, words=read_words(about.words, found.classes))
     if about.shots is None:
         return found
     return few_shot(found, about.shots, seed)[0]

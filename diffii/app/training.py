@@ -32,7 +32,7 @@ def names_of(
 
 
 # the word for all categories is known from the synthetic images
-TRAIN_NAMES = names_of(TrainSettings, 'metaclass')
+TRAIN_NAMES = names_of(TrainSettings, 'metaclass', 'words')
 # of a classifier, and of the images that it is trained on
 BY_IMAGES = {
     '--arch': 'small for images of up to 64 pixels, else EfficientNet-Lite0',

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SEAL', 'AGAIN', 'IMAGES', 'OWN_FILES', 'UserError', 'DamagedFile', 'require', 'shown_error', 'atomic', 'write_json',
-           'read_json', 'save_png', 'remove_unfinished', 'tensors_digest', 'save_tensors', 'load_tensors', 'sort_notes',
-           'file_digest', 'optimizer_tensors', 'load_optimizer_tensors', 'folder_name']
+           'read_json', 'read_yaml', 'save_png', 'remove_unfinished', 'tensors_digest', 'save_tensors', 'load_tensors',
+           'sort_notes', 'file_digest', 'optimizer_tensors', 'load_optimizer_tensors', 'folder_name']
 
 # %% ../../nbs/base/files.ipynb #419b2c75
 import contextlib
@@ -92,6 +92,23 @@ def read_json(path):
         return json.loads(Path(path).read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as e:
         raise UserError(f'{path}: not valid JSON ({e}); delete it or restore it') from e
+
+
+def read_yaml(path, option: str):
+    "Read YAML; what cannot be read is a `UserError` that names the option and the file."
+    import yaml
+
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding='utf-8')) or {}
+    except (OSError, UnicodeDecodeError) as e:
+        why = getattr(e, 'strerror', None) or 'not UTF-8 text'
+        text = f'{option} {path}: cannot be read ({why}); check the path'
+        raise UserError(text) from e
+    except yaml.YAMLError as e:
+        mark = getattr(e, 'problem_mark', None)
+        where = f', line {mark.line + 1}' if mark else ''
+        text = f'{option} {path}{where}: not valid YAML; mend it there'
+        raise UserError(text) from e
 
 
 def save_png(path, image):

@@ -30,7 +30,7 @@ from typing import Annotated
 
 from fastcore.basics import patch
 
-from .files import UserError, read_json, require
+from .files import UserError, read_json, read_yaml, require
 from .methods import METHODS
 
 # %% ../../nbs/base/settings.ipynb #20921689
@@ -269,6 +269,9 @@ class ImageSettings(Group):
     # of a CSV table: the column of image paths
     image_column: str = setting('file_name')
     label_column: str = setting('label')  # of a CSV table: the column of categories
+    # a YAML file of words that the model can read for each category, as Red Kite: reddish
+    # brown with a forked tail; they are in the prompts, behind the tokens or for the name
+    words: str | None = setting(None)
 
 # %% ../../nbs/base/settings.ipynb #e30ce540
 @dataclass
@@ -345,6 +348,8 @@ class ConceptSettings(Group):
     init_word: str = setting('')
     # standard deviation of noise on that start, in units of the embedding table's own
     init_noise: float = setting(0.0, least=0)
+    # where the images come with words for their categories, say them behind the tokens
+    with_words: bool = setting(True)
     flip: bool = setting(True, option=False)  # mirror half of the images
     # sample categories evenly rather than images, for long tails
     balanced: bool = setting(False)
@@ -969,19 +974,7 @@ class TuneSettings(SomeGiven):
 # %% ../../nbs/base/settings.ipynb #87366bd7
 def read_config(path, groups: type = Settings) -> dict:
     "The settings that a YAML file gives, by group; any error is a `UserError`."
-    import yaml
-
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding='utf-8')) or {}
-    except (OSError, UnicodeDecodeError) as e:
-        why = getattr(e, 'strerror', None) or 'not UTF-8 text'
-        raise UserError(
-            f'--config {path}: cannot be read ({why}); check the path'
-        ) from e
-    except yaml.YAMLError as e:
-        mark = getattr(e, 'problem_mark', None)
-        where = f', line {mark.line + 1}' if mark else ''
-        raise UserError(f'--config {path}{where}: not valid YAML; mend it there') from e
+    found = read_yaml(path, '--config')
     right = isinstance(found, dict) and all(isinstance(v, dict) for v in found.values())
     require(
         right, f'--config {path}: give groups of settings, as sampling: {{steps: 25}}'

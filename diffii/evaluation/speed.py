@@ -191,8 +191,7 @@ def speed_table(
         compiled = partial(together, model, *job_, exact, compile=True)
         procedures['together, compiled'] = compiled
     for calls in (8, 6, 4) if few_step else ():
-        given = dict(few_step=few_step, calls=calls, few_step_guidance=1)
-        few = exact_settings(expansion=expansion, **given)
+        few = exact_settings(expansion=expansion, few_step=few_step, calls=calls)
         procedures[f'few-step, {calls} calls'] = partial(together, model, *job_, few)
     runs = {name: [] for name in procedures}
     for repeat in range(repeats + 1):

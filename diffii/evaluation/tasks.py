@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'PLAIN', 'ORDINARY', 'ADDED', 'FEW_SHOT', 'LONG_TAILED', 'SWEEPS', 'WHOLE', 'EXACT', 'PAPER_SPLIT', 'PAPER',
-           'TASKS', 'OPTIONS', 'SHIPPED', 'Configuration', 'configuration', 'sweep', 'ablated', 'ablation', 'fast',
-           'few_step', 'Condition', 'paper_sampling', 'published_contexts', 'few_shot_condition', 'long_tail_condition',
-           'shifted_condition', 'conditions', 'configurations', 'open_data_set', 'folder_data', 'paper_data']
+           'PAPER_CONCEPTS', 'TASKS', 'OPTIONS', 'SHIPPED', 'Configuration', 'configuration', 'sweep', 'ablated',
+           'ablation', 'fast', 'few_step', 'Condition', 'paper_sampling', 'published_contexts', 'few_shot_condition',
+           'long_tail_condition', 'shifted_condition', 'conditions', 'configurations', 'open_data_set', 'folder_data',
+           'paper_data']
 
 # %% ../../nbs/evaluation/tasks.ipynb #c3a3bf9e
 from collections.abc import Callable
@@ -32,6 +33,7 @@ class Configuration:
     long_tail: str = ''  # one of `LONG_TAIL`: a method of training
     images: str = ''  # configuration whose images are used; by default its own
     captions: bool = False  # suffixes are read off the training images
+    words: bool = False  # the words for a category stand behind its tokens
     recipe: bool = False  # what the model recommends, and nothing of the paper's
 
 # %% ../../nbs/evaluation/tasks.ipynb #2d50688f
@@ -72,8 +74,9 @@ def configuration(name: str) -> Configuration:
 
 # %% ../../nbs/evaluation/tasks.ipynb #78ccd275
 # what else may stand behind a method: contexts where it has none, contexts that are read
-# off the training images, and which category a synthetic image is of
-ADDED = ('suffix', 'captions', 'own', 'even', 'inverse')
+# off the training images, the words for a category behind its tokens, and which category a
+# synthetic image is of
+ADDED = ('suffix', 'captions', 'words', 'own', 'even', 'inverse')
 
 
 def _with_added(plain, name, last):
@@ -82,6 +85,8 @@ def _with_added(plain, name, last):
     require(plain.sampling is not None, text)
     if last == 'captions':
         return replace(plain, name=name, captions=True, images='')
+    if last == 'words':
+        return replace(plain, name=name, words=True, images='')
     if last == 'suffix':
         method = f'{plain.sampling.get("method", plain.name)}-suffix'
         get_method(method)
@@ -221,6 +226,7 @@ class Condition:
 
 PAPER_SPLIT = {5: 0.3, 10: 0.1}  # split ratio by shots, Section 4.1 of the paper
 PAPER = dict(expansion=5, noise_share=0.0)  # under every condition
+PAPER_CONCEPTS = dict(with_words=False)  # the paper's prompts have tokens alone
 
 
 def paper_sampling(shots: int) -> dict:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ADAPTER', 'LORA_TARGETS', 'ANEW', 'SAMPLES', 'LORA_FILE', 'RELEARN', 'sample_images', 'ExtraEmbeddings', 'Concepts',
-           'named_concepts', 'lora_config', 'start_embeddings', 'LatentBatches', 'snr_weights', 'ConceptLearner',
-           'ConceptTraining', 'CheckpointNotes', 'sample_row', 'recompute', 'check_learning', 'learn_concepts',
-           'embeddings_file', 'ConceptRecord']
+           'named_concepts', 'words_of', 'lora_config', 'start_embeddings', 'LatentBatches', 'snr_weights',
+           'ConceptLearner', 'ConceptTraining', 'CheckpointNotes', 'sample_row', 'recompute', 'check_learning',
+           'learn_concepts', 'embeddings_file', 'ConceptRecord']
 
 # %% ../../nbs/method/concepts.ipynb #b02a983c
 import copy
@@ -107,7 +107,9 @@ class Concepts:
     lora: dict  # peft's state dict of the U-Net's LoRA, float32; empty without one
     log: list = field(default_factory=list)  # loss of every step
     folder: Path | None = field(default=None, compare=False)  # where they were saved
-    words: tuple = ()  # of named categories: what the prompt says instead of the name
+    # words for each category, said behind its tokens, or instead of its name where it has
+    # no tokens; often none
+    words: tuple = ()
 
     @property
     def n_tokens(self) -> int:
@@ -119,13 +121,18 @@ class Concepts:
 
     def prompt(self, k: int, suffix: str = '') -> str:
         "The prompt of category `k`: plain, or with a context suffix behind it."
-        name = clean_text((self.words or self.classes)[k].replace('_', ' '))
-        return prompt_of(self.placeholders(k) or [name], self.metaclass, suffix)
+        tokens, said = self.placeholders(k), self.words
+        if not tokens:
+            said = said or self.classes
+        if said:
+            tokens.append(clean_text(said[k].replace('_', ' ')))
+        return prompt_of(tokens, self.metaclass, suffix)
 
     def digest(self) -> str:
-        "A short digest of the tokens and the LoRA."
+        "A short digest of the tokens, the LoRA and the words."
         tensors = [*self.embeddings, *[self.lora[key] for key in sorted(self.lora)]]
         data = b''.join(t.numpy().tobytes() for t in tensors)
+        data += '|'.join(self.words).encode()
         return hashlib.sha256(data).hexdigest()[:16]
 
 # %% ../../nbs/method/concepts.ipynb #31f7692b
@@ -134,6 +141,11 @@ def named_concepts(pipe: Pipeline, images: ImageSet) -> Concepts:
     none = ConceptSettings(n_tokens=0, rank=0, steps=0)
     named = images.classes, images.metaclass, none, model_digest(pipe), [], {}
     return Concepts(*named, words=images.words)
+
+
+def words_of(images: ImageSet, settings: ConceptSettings) -> tuple:
+    "The words that prompts of learned categories have behind the tokens; often none."
+    return tuple(images.words) if settings.with_words else ()
 
 # %% ../../nbs/method/concepts.ipynb #9472cc03
 ADAPTER = 'diffii'
@@ -367,7 +379,7 @@ class ConceptTraining:
         count = len(images.classes) * settings.n_tokens
         start = start_embeddings(pipe, count, settings, images.metaclass, seed)
         about = images.classes, images.metaclass, settings, model_digest(pipe)
-        self.concepts = Concepts(*about, start, {})
+        self.concepts = Concepts(*about, start, {}, words=words_of(images, settings))
         self.batches = LatentBatches(pipe, images, settings, seed)
         self.done = 0  # steps that were made
         self.skipped = 0  # of these, steps whose gradients were too large for float16
@@ -476,6 +488,7 @@ class CheckpointNotes:
     base: str  # fingerprint of the model
     settings: ConceptSettings
     classes: list[str]
+    words: list[str] = field(default_factory=list)  # for each category
     skipped: int = 0  # steps whose gradients were too large for float16
     scaler: dict | None = None  # the scale of its losses
 
@@ -490,6 +503,7 @@ def write_checkpoint(self: ConceptTraining, file: Path):
     tensors = {f'p.{i}': p for i, p in enumerate(self.parameters)}
     about = dict(step=self.done, seed=self.seed, log=concepts.log, base=concepts.base)
     about |= dict(settings=asdict(concepts.settings), classes=concepts.classes)
+    about |= dict(words=concepts.words) if concepts.words else {}
     about |= dict(skipped=self.skipped)
     if self.accelerator.scaler:
         about |= dict(scaler=self.accelerator.scaler.state_dict())
@@ -506,6 +520,8 @@ def read_checkpoint(self: ConceptTraining, file: Path):
     same = same_model(about['base'], concepts.base)
     require(same, f'{run} model; delete it or give the old one')
     now = dict(settings=concepts.settings.deciding(), classes=list(concepts.classes))
+    now |= dict(words=list(concepts.words))
+    about.setdefault('words', [])
     # what an older version did not know has its default
     about['settings'] = ConceptSettings(**about['settings']).deciding()
     for key, value in {**now, 'seed': self.seed}.items():
@@ -731,6 +747,7 @@ def _learned_before(pipe, images, settings, folder):
     same = (
         concepts.settings.deciding() == settings.deciding()
         and tuple(concepts.classes) == tuple(images.classes)
+        and tuple(concepts.words) == words_of(images, settings)
         and same_model(concepts.base, model_digest(pipe))
     )
     other = (
@@ -766,6 +783,7 @@ def save(self: Concepts, folder):
         log=self.log,
         files={file.name: file_digest(file) for file in self._files(folder)},
     )
+    about |= dict(words=self.words) if self.words else {}
     write_record(Path(folder) / 'concepts.json', about)
     self.folder = Path(folder)
 
@@ -824,6 +842,7 @@ class ConceptRecord:
     log: list[float]  # loss of every step
     # SHA-256 of the files beside it; an older version had none
     files: dict[str, str] = field(default_factory=dict)
+    words: list[str] = field(default_factory=list)  # for each category; often none
 
 
 RELEARN = 'restore it, or delete the folder to learn the concepts again'
@@ -851,7 +870,8 @@ def load(cls: Concepts, folder) -> Concepts:
     embeddings = [_load_embeddings(embeddings_file(folder, i), classes) for i in parts]
     lora = _load_lora(Path(folder) / LORA_FILE) if settings.rank else {}
     named = classes, about['metaclass'], settings, about['base']
-    return cls(*named, embeddings, lora, about['log'], Path(folder))
+    words = tuple(about.get('words', ()))
+    return cls(*named, embeddings, lora, about['log'], Path(folder), words)
 
 # %% ../../nbs/method/concepts.ipynb #c1ca32b8
 def _load_embeddings(file, classes):

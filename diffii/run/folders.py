@@ -274,7 +274,7 @@ class RunRecord(Head):
     sampling: SamplingSettings
     given: str | None = None  # digest of concepts that were learned elsewhere
     few_step: str | None = None  # digest of few-step weights
-    words: list[str] | None = None  # for categories that are called by name
+    words: list[str] | None = None  # that prompts say of the categories
     guide: GuideSettings | None = None  # of the method gif
     edit: EditSettings | None = None  # of the method diffuse-mix
     vae_tiling: bool = False

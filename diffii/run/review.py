@@ -107,7 +107,7 @@ def load_concepts(
         return Concepts.load(folder.concepts)
     named = ConceptSettings(n_tokens=0, rank=0, steps=0)
     of_run = tuple(about['classes']), about['metaclass'], named, about['base']
-    return Concepts(*of_run, [], {})
+    return Concepts(*of_run, [], {}, words=tuple(about.get('words') or ()))
 
 # %% ../../nbs/run/review.ipynb #b572280c
 def remake(

@@ -39,6 +39,7 @@ from diffii.method.concepts import (
     check_learning,
     learn_concepts,
     named_concepts,
+    words_of,
 )
 from ..method.diffusion import ddim_grid
 from ..method.editing import check_model
@@ -203,7 +204,7 @@ class Run:
             inversion=asdict(settings.inversion),
             sampling=asdict(settings.sampling),
             **({} if concepts is None else dict(given=concepts.digest())),
-            **self._words(),
+            **self._words(concepts),
             **{name: True for name in ('vae_tiling', 'tf32') if getattr(pipe, name)},
             **({} if self.few_step is None else dict(few_step=self.few_step.digest())),
             **({} if self.guide is None else dict(guide=asdict(self.guide))),
@@ -224,10 +225,14 @@ def edit(self: Run) -> EditSettings | None:
 
 
 @patch
-def _words(self: Run):
-    "What the record says of the words that stand for the categories in prompts."
-    used = self.method.learn == 'none' and self.images.words
-    return dict(words=list(self.images.words)) if used else {}
+def _words(self: Run, given):
+    "What the record says of the words for the categories in prompts."
+    words = self.images.words
+    if self.method.learn != 'none':
+        words = words_of(self.images, self.settings.concepts)
+    if given is not None:
+        words = given.words
+    return dict(words=list(words)) if words else {}
 
 
 @patch
