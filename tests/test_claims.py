@@ -19,7 +19,10 @@ from diffii.evaluation.claims import (
     plot_claims,
     claims_on,
 )
+from diffii.base.files import read_json
+from diffii.base.records import write_record
 from diffii.evaluation.statistics import Comparison, Paired
+from diffii.evaluation.tables import rebuild_tables
 
 RESULTS = Path(__file__).parent.parent / 'nbs' / 'results' / 'cells'
 
@@ -152,3 +155,27 @@ def test_a_sweep_that_has_only_begun_compares_nothing():
 
 def test_without_cells_nothing_is_tested(tmp_path):
     assert {c.verdict for c in claims_on(tmp_path)} == {'not tested'}
+
+
+def test_trials_of_different_protocols_are_no_pairs(tmp_path):
+    """Claim (b) compares the same trials of two experiments; (a) does not."""
+    for task, shots, protocol in (('few-shot', 5, 2), ('few-shot-10', 10, 1)):
+        out = tmp_path / f'{task}-aviary'
+        about = dict(task='few-shot', dataset='aviary', model='tiny')
+        write_record(out / 'experiment.json', about | dict(protocol=protocol))
+        for row, accuracy in (('original', 40.0), ('diff-ii', 60.0)):
+            found = cell(f'{shots}-shot', row, accuracy)
+            found |= dict(n_train=5, n_test=5, n_synthetic=0, seconds=1.0)
+            write_record(out / 'cells' / f'{row}--0.json', found)
+        rebuild_tables(out)
+
+    families = {c.letter: len(c.family) for c in claims_on(tmp_path)}
+    assert families['a'] == 2
+    assert families['b'] == 0
+    record = read_json(tmp_path / 'few-shot-10-aviary' / 'experiment.json')
+    record.pop('seal')
+    write_record(
+        tmp_path / 'few-shot-10-aviary' / 'experiment.json', record | dict(protocol=2)
+    )
+    families = {c.letter: len(c.family) for c in claims_on(tmp_path)}
+    assert families['b'] == 1
