@@ -151,7 +151,7 @@ def paper_classifier(preset: str, dataset: str) -> dict:  # of `ClassifierSettin
     found.pop('flip', None)  # that is the data set's own
     return found
 
-# %% ../../nbs/evaluation/experiments.ipynb #98973854
+# %% ../../nbs/evaluation/experiments.ipynb #c93142bb
 def learned_as(train, settings: Settings) -> str:
     "What kind of concepts the cells of a trial share, as the name of a folder."
     from diffii.base.methods import METHODS
@@ -160,7 +160,7 @@ def learned_as(train, settings: Settings) -> str:
     kind = METHODS[settings.sampling.method].learn
     return f'{kind}+words' if words_of(train, settings.concepts) else kind
 
-
+# %% ../../nbs/evaluation/experiments.ipynb #98973854
 def trial_concepts(e: Experiment, condition, trial, train, settings: Settings):
     "The concepts of a trial, learned once for all that learn the same; None for names."
     from diffii.base.methods import METHODS

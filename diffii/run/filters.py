@@ -16,7 +16,6 @@ from itertools import combinations, groupby, islice
 from operator import itemgetter
 
 import numpy as np
-import torch
 
 from ..base.backbones import build_model, square
 from ..base.batches import one_hot
@@ -35,6 +34,8 @@ from ..method.concepts import Concepts
 from ..method.diffusion import noised
 from ..method.inversion import source_of
 from .folders import RunFolder, iter_rows
+
+import torch
 
 # %% ../../nbs/run/filters.ipynb #8a872518
 @dataclass
