@@ -17,6 +17,7 @@ from diffii.evaluation.experiments import (
     _scores,
     cell_settings,
     classifier_settings,
+    learned_as,
     trial_suffixes,
 )
 from diffii.evaluation.tasks import conditions, configuration
@@ -173,3 +174,27 @@ def test_contexts_can_come_from_captions_of_the_training_images(tmp_path):
     assert 1 <= len(found) <= 10
     assert trial_suffixes(e, condition, captions, 0, train) == found
     assert (tmp_path / 'work' / '3-shot--0' / 'suffixes.json').is_file()
+
+
+def test_words_stand_in_the_recipe_and_where_they_are_asked_for(tmp_path):
+    data = shipped_set('aviary', tuning=True)
+    rows = (
+        'random-noise + suffix,random-noise + suffix + words,diff-ii,diffii,da-fusion'
+    )
+    [condition] = conditions('few-shot', data, TrialSettings(methods=rows))
+    train, _ = condition.sample(0)
+    e = experiment('few-shot', tmp_path, data)
+    e.pipe = SimpleNamespace(recommended=NOTES)
+
+    found = {}
+    for row in condition.configurations:
+        settings = cell_settings(e, condition, row, 0)
+        found[row.name] = learned_as(train, settings)
+
+    assert found == {
+        'random-noise + suffix': 'tokens+lora',
+        'random-noise + suffix + words': 'tokens+lora+words',
+        'diff-ii': 'tokens+lora',
+        'diffii': 'tokens+lora+words',
+        'da-fusion': 'tokens',
+    }
