@@ -87,6 +87,21 @@ def test_words_for_the_categories_go_into_the_prompts(augment, say, tmp_path):
     assert not (tmp_path / 'other').exists()
 
 
+def test_an_image_of_a_named_category_is_made_again_with_its_words(
+    augment, say, garden, tmp_path
+):
+    out, file = tmp_path / 'out', tmp_path / 'words.yaml'
+    names = [folder.name for folder in garden.iterdir() if folder.is_dir()]
+    words = {name: f'green crowned {i}' for i, name in enumerate(names)}
+    file.write_text(yaml.safe_dump(words, allow_unicode=True), encoding='utf-8')
+    assert made(augment('--out', out, '--method', 'real-gen', '--words', file))
+
+    name = rows_of(out)[-1]['file_name']
+    answer = say('remake', out, name, '--to', tmp_path / 'again.png')
+    assert answer.code == 0, answer.err
+    assert np.array_equal(pixels(tmp_path / 'again.png'), pixels(out / name))
+
+
 def test_a_page_to_look_at_the_images_ends_it(augment, tmp_path):
     out = tmp_path / 'out'
     answer = augment('--out', out, '--review')
