@@ -78,7 +78,7 @@ def test_words_for_the_categories_go_into_the_prompts(augment, say, tmp_path):
 
     answer = augment('--out', out)
     assert answer.code == 2
-    assert 'words' in answer.err
+    assert 'holds a run with other settings (words: ' in answer.err
     del words['lonely']
     file.write_text(yaml.safe_dump(words, allow_unicode=True), encoding='utf-8')
     answer = augment('--out', tmp_path / 'other', '--words', file)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -339,3 +340,8 @@ def test_words_that_cannot_be_read_are_told(tmp_path, text, told):
 def test_a_missing_file_of_words_is_told(tmp_path):
     with pytest.raises(UserError, match='cannot be read .No such file'):
         read_words(tmp_path / 'none.yaml', BOTH)
+
+
+def test_words_of_some_categories_alone_are_refused(toy):
+    with pytest.raises(UserError, match='words: 1 for 2 categories; give each its own'):
+        replace(toy, words=('green',))

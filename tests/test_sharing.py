@@ -288,7 +288,7 @@ def test_the_card_of_concepts_says_what_they_belong_to():
     card = ModelCard(concept_card(learned(lora=True), 'me/two-trees', 'some/model'))
     assert card.data.base_model == 'some/model'
     assert 'lora' in card.data.tags
-    assert '| ash | `<c1> <c1>_1` |' in card.text
+    assert '| ash | `a photo of a <c1> <c1>_1 tree` |' in card.text
 
 
 def test_the_card_of_concepts_tells_no_place_on_this_machine(tmp_path):

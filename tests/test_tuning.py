@@ -1,12 +1,13 @@
 "A search for settings on held-out parts of the training images."
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from garden import photo
 
-from diffii.base.files import UserError
+from diffii.base.files import UserError, read_json
 from diffii.base.images import ImageSet
 from diffii.base.settings import Settings, TuneSettings, read_config
 from diffii.evaluation import tuning
@@ -118,3 +119,20 @@ def test_images_that_cannot_be_held_out_are_refused(counts, text, tmp_path):
     with pytest.raises(UserError, match=text):
         tune(images(counts), quick(tmp_path / 'out'), progress=False)
     assert not (tmp_path / 'out').exists()
+
+
+def test_a_search_has_the_words_that_augment_will_have(tmp_path):
+    words = 'green crowned', 'red crowned'
+    described = replace(images(), words=words)
+    given = quick(tmp_path / 'out', budget=1, methods='diff-ii')
+    given.images.words = 'words.yaml'
+    tune(described, given, progress=False)
+
+    learned = list((tmp_path / 'out').rglob('concepts.json'))
+    assert learned
+    for file in learned:
+        assert tuple(read_json(file)['words']) == words
+    chosen = read_config(tmp_path / 'out' / 'augment.yaml', Settings)
+    assert chosen['images']['words'] == 'words.yaml'
+    with pytest.raises(UserError, match='words'):
+        tune(images(), given, progress=False)

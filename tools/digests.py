@@ -57,7 +57,8 @@ def first_categories(images, most=None):
     "The images of the first categories alone."
     keep = [i for i, label in enumerate(images.labels) if label < CATEGORIES][:most]
     few = images.subset(keep)
-    return replace(few, classes=few.classes[:CATEGORIES])
+    first = dict(classes=few.classes[:CATEGORIES], words=few.words[:CATEGORIES])
+    return replace(few, **first)
 
 
 def learned(concepts):

@@ -348,7 +348,8 @@ class ConceptSettings(Group):
     init_word: str = setting('')
     # standard deviation of noise on that start, in units of the embedding table's own
     init_noise: float = setting(0.0, least=0)
-    # where the images come with words for their categories, say them behind the tokens
+    # where the images come with words for their categories, say them behind the tokens,
+    # which the paper does not
     with_words: bool = setting(True)
     flip: bool = setting(True, option=False)  # mirror half of the images
     # sample categories evenly rather than images, for long tails

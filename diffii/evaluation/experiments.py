@@ -86,8 +86,7 @@ def cell_settings(
     "The settings of the synthetic images of a cell. Raises `UserError` for wrong ones."
     e, pipe = experiment, experiment.pipe
     usual = {} if configuration.recipe else condition.sampling
-    in_words = configuration.recipe or configuration.words
-    tokens = {} if in_words else PAPER_CONCEPTS
+    tokens = {} if configuration.words else PAPER_CONCEPTS
     short = dict(expansion=1, steps=5) if e.quick else {}
     short_learning = dict(steps=10, batch_size=8) if e.quick else {}
     return Settings.of(
@@ -188,9 +187,8 @@ def trial_pool(e: Experiment, condition, trial, train, concepts, settings: Setti
     "The inversions of a trial, made once for all that invert alike."
     from diffii.run.pools import build_pool
 
-    name = f'pool-{seed_of(*asdict(settings.inversion).items())}'
-    if learned_as(train, settings).endswith('+words'):
-        name += '+words'
+    inverted = seed_of(*asdict(settings.inversion).items())
+    name = f'{learned_as(train, settings)}-pool-{inverted}'
     stage = f'{condition.name} {trial}: inversions'
     folder = e.work(condition, trial, name)
     with e.alone(folder), concepts.attached(e.pipe):

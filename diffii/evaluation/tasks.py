@@ -65,7 +65,7 @@ def configuration(name: str) -> Configuration:
     if name in LONG_TAIL:
         return Configuration(name, long_tail=name)
     if name == RECIPE:
-        return Configuration(name, {}, recipe=True)
+        return Configuration(name, {}, words=True, recipe=True)
     start = get_method(name).start
     if start == 'nothing':
         return Configuration(name)

@@ -126,9 +126,8 @@ class Tuning:
             sampling['split_ratio'] = choice.split_ratio
         sampling = {**self.settings.sampling, **sampling}
         classifier = dict(replacement_probability=choice.replacement)
-        return Configuration(
-            choice.name, sampling, classifier=classifier, images=choice.images
-        )
+        about = dict(classifier=classifier, images=choice.images)
+        return Configuration(choice.name, sampling, words=True, **about)
 
 # %% ../../nbs/evaluation/tuning.ipynb #3cd431cb
 def open_tuning(
@@ -304,6 +303,7 @@ def write_choice(t: Tuning, winner: dict):
     s, out = t.settings, t.experiment.out
     choice = Choice(**{name: winner[name] for name in AXES})
     of_images = dict(metaclass=t.images.metaclass, flip=s.images.flip)
+    of_images |= dict(words=s.images.words) if s.images.words else {}
     sampling = t.configuration(choice).sampling
     if METHODS[choice.method].start != 'circle':
         sampling = {k: v for k, v in sampling.items() if k != 'noise_share'}
@@ -370,4 +370,5 @@ def _about(t):
         concepts=s.concepts,
         sampling=s.sampling,
         classifier=t.experiment.classifier,
+        **(dict(words=list(t.images.words)) if t.images.words else {}),
     )

@@ -30,7 +30,7 @@ from diffii.base.files import (
     save_tensors,
     sort_notes,
 )
-from ..base.images import ImageSet
+from ..base.images import ImageSet, check_words
 from ..base.memory import even_slices, out_of_memory
 from ..base.pipeline import Pipeline, model_digest, same_model
 from ..base.processes import processes, step_reporter, training_accelerator
@@ -111,6 +111,9 @@ class Concepts:
     # no tokens; often none
     words: tuple = ()
 
+    def __post_init__(self):
+        check_words(self.words, self.classes)
+
     @property
     def n_tokens(self) -> int:
         return self.settings.n_tokens
@@ -121,12 +124,9 @@ class Concepts:
 
     def prompt(self, k: int, suffix: str = '') -> str:
         "The prompt of category `k`: plain, or with a context suffix behind it."
-        tokens, said = self.placeholders(k), self.words
-        if not tokens:
-            said = said or self.classes
-        if said:
-            tokens.append(clean_text(said[k].replace('_', ' ')))
-        return prompt_of(tokens, self.metaclass, suffix)
+        said = self.words or (() if self.n_tokens else self.classes)
+        said = [clean_text(text.replace('_', ' ')) for text in said[k : k + 1]]
+        return prompt_of(self.placeholders(k) + said, self.metaclass, suffix)
 
     def digest(self) -> str:
         "A short digest of the tokens, the LoRA and the words."

@@ -227,11 +227,12 @@ def edit(self: Run) -> EditSettings | None:
 @patch
 def _words(self: Run, given):
     "What the record says of the words for the categories in prompts."
-    words = self.images.words
-    if self.method.learn != 'none':
-        words = words_of(self.images, self.settings.concepts)
     if given is not None:
         words = given.words
+    elif self.method.learn == 'none':
+        words = self.images.words
+    else:
+        words = words_of(self.images, self.settings.concepts)
     return dict(words=list(words)) if words else {}
 
 

@@ -180,9 +180,9 @@ with concepts.attached(pipe):
 
 `diffii augment --concepts FOLDER` takes the folder of such a snapshot.
 
-| category | tokens |
+| category | prompt |
 |---|---|
-{tokens}
+{prompts}
 
 The concepts have the licence of the model and of the images that they were learned
 from: fill in `license` above.
@@ -203,8 +203,8 @@ def concept_card(
     tags = ['textual-inversion', 'diffii'] + ['lora'] * bool(concepts.lora)
     about = dict(license='unknown', library_name='diffusers', tags=tags)
     data = ModelCardData(**about, base_model=known, pipeline_tag='text-to-image')
-    tokens = [
-        f'| {c} | `{" ".join(concepts.placeholders(k))}` |'
+    prompts = [
+        f'| {c} | `{concepts.prompt(k)}` |'
         for k, c in enumerate(map(_in_a_table, concepts.classes))
     ]
     text = CONCEPT_CARD.format(
@@ -216,7 +216,7 @@ def concept_card(
         model=model if known or model == 'tiny' else Path(model).name,
         version=__version__,
         repo=repo,
-        tokens='\n'.join(tokens),
+        prompts='\n'.join(prompts),
     )
     return f'---\n{data.to_yaml().strip()}\n---\n\n{text}'
 
