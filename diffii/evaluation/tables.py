@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RUN_AGAIN', 'OLD_NAMES', 'MEASURES', 'PRINTED', 'BACKBONES', 'NAMES', 'LABELS', 'Cell', 'Line', 'ExperimentRecord',
-           'read_cells', 'by_trial', 'minus', 'accuracy', 'paired_gain', 'row_numbers', 'published_number',
-           'published_ablation', 'summarise', 'readable', 'halves', 'plot_table', 'plot_gains', 'plot_sweep',
-           'write_tables', 'known_rows', 'table_lines', 'condition_of', 'rebuild_tables', 'finished']
+           'read_cells', 'by_trial', 'minus', 'accuracy', 'class_consistency', 'lpips', 'paired_gain', 'row_numbers',
+           'published_number', 'published_ablation', 'summarise', 'readable', 'halves', 'plot_table', 'plot_gains',
+           'plot_sweep', 'write_tables', 'known_rows', 'table_lines', 'condition_of', 'rebuild_tables', 'finished']
 
 # %% ../../nbs/evaluation/tables.ipynb #cf4c32bf
 import json
@@ -97,6 +97,14 @@ def minus(one: dict, other: dict) -> dict:  # trial -> difference
 
 def accuracy(cell):
     return cell['accuracy']
+
+
+def class_consistency(cell):
+    return cell['class_consistency']
+
+
+def lpips(cell):  # in hundredths, so that it can share an axis with points
+    return 100 * cell['lpips']
 
 
 def paired_gain(cells: list, row: str, base: str) -> list:  # percentage points
