@@ -89,6 +89,39 @@ def test_progress_remembers_each_step_once_it_ends():
     assert list(progress.seconds) == ['counting', 'stopped in the middle', 'next']
 
 
+BAR = """
+import time
+from diffii.base.processes import Progress
+progress = Progress()
+for i in range(50):
+    time.sleep(0.01)
+    progress('counting', i + 1, 50)
+"""
+
+
+def drawn(**given):
+    "What a bar of half a second writes where the standard error is no screen."
+    own = {k: v for k, v in clean_environment().items() if not k.startswith('TQDM')}
+    found = subprocess.run(
+        [sys.executable, '-c', BAR],
+        env={**own, **given},
+        capture_output=True,
+        check=True,
+    )
+    return found.stderr.decode()
+
+
+def test_a_bar_in_a_file_moves_seldom():
+    text = drawn()
+
+    assert '50/50' in text
+    assert text.count('counting') <= 4
+
+
+def test_the_environment_says_how_often_a_bar_moves():
+    assert drawn(TQDM_MININTERVAL='0.02').count('counting') > 10
+
+
 def test_the_log_has_few_lines_and_the_last(tmp_path):
     progress = Progress(quiet=True, log=tmp_path / 'log.jsonl')
 

@@ -9,6 +9,7 @@ __all__ = ['LAUNCHER', 'MIXED_PRECISION', 'launched', 'lost_partner', 'processes
 # %% ../../nbs/base/processes.ipynb #13e4f5df
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -164,9 +165,10 @@ class Progress:
         Progress.shown = self
         self.name, self.began, self.first = step, time.time(), done
         text = f'{self.heading + step:<26}'
-        # where it is not quiet, the environment's TQDM_DISABLE decides
-        quiet = dict(disable=True) if self.quiet else {}
-        self.bar = tqdm(total=total, desc=text, dynamic_ncols=True, **quiet)
+        look = dict(dynamic_ncols=True, **_rare_updates())
+        if self.quiet:  # else the environment's TQDM_DISABLE decides
+            look['disable'] = True
+        self.bar = tqdm(total=total, desc=text, **look)
 
     def close(self):
         "End the step that runs."
@@ -176,6 +178,14 @@ class Progress:
             took = time.time() - self.began
             self.seconds[self.name] = self.seconds.get(self.name, 0) + took
         self.bar = self.name = None
+
+
+def _rare_updates():
+    "In a file of a batch job a bar moves every ten seconds, on a screen ten times in one."
+    watched = sys.stderr.isatty() or 'ipykernel' in sys.modules
+    if watched or 'TQDM_MININTERVAL' in os.environ:
+        return {}
+    return dict(mininterval=10)
 
 # %% ../../nbs/base/processes.ipynb #6d79f973
 def reporter(
