@@ -147,7 +147,7 @@ SHORT = dict(shots=2, trials=1, quick=True)
         ),
         ('ablation', 'digits', {}, 6),
         ('split', 'digits', dict(values='0,1'), 3),
-        ('forward', 'aviary', dict(values='1,3'), 3),
+        ('remedies', 'aviary', {}, 6),
         ('inversions', 'digits', dict(values='1,2'), 3),
     ],
 )

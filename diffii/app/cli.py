@@ -321,7 +321,7 @@ def speed(
 
 # %% ../../nbs/app/cli.ipynb #f8ff627e
 TaskArgument = typer.Argument(
-    help='few-shot, long-tail, ood, ablation, split, expansion, guidance, forward, '
+    help='few-shot, long-tail, ood, ablation, split, expansion, guidance, remedies, '
     'inversions, fast, few-step or strength.'
 )
 DatasetOption = typer.Option(
