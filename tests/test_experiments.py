@@ -1,8 +1,10 @@
 "Experiments: what decides their numbers, mistakes, the paper's settings, old results."
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -100,6 +102,16 @@ def test_what_decides_the_numbers_is_recorded_and_no_more(pipe, groups, same):
     other = about_run(experiment(pipe, **groups), 'digits')
     assert (usual == other) == same
     json.dumps(other)
+
+
+@pytest.mark.parametrize('metaclass, same', [('bird', True), ('digit', False)])
+def test_recommendations_for_other_categories_decide_nothing(pipe, metaclass, same):
+    notes = deepcopy(pipe.recommended)
+    ours = dict(by_metaclass={metaclass: dict(forward_steps=5)})
+    changed = notes | dict(inversion=notes['inversion'] | ours)
+    pipes = (SimpleNamespace(recommended=n, dtype_name='') for n in (notes, changed))
+    usual, other = (about_run(experiment(p), 'digits') for p in pipes)
+    assert (usual == other) == same
 
 
 def test_another_model_is_known_by_its_weights(pipe):

@@ -6,7 +6,8 @@
 __all__ = ['PROTOCOL', 'Experiment', 'cell_settings', 'classifier_settings', 'given_classifier', 'paper_classifier', 'learned_as',
            'trial_concepts', 'trial_pool', 'trial_suffixes', 'make_synthetic', 'oracle', 'measure', 'distances',
            'check_clip', 'clip_weights', 'classifier_seed', 'train_one', 'mean_scores', 'run_cell', 'check',
-           'about_run', 'benchmark', 'missing_cells', 'is_done', 'run_cells', 'draw_strength_strips']
+           'about_run', 'recommended_here', 'benchmark', 'missing_cells', 'is_done', 'run_cells',
+           'draw_strength_strips']
 
 # %% ../../nbs/evaluation/experiments.ipynb #a359a737
 import warnings
@@ -21,7 +22,9 @@ from ..base.files import folder_name, require, save_png
 from ..base.pictures import grid
 from ..base.records import read_record, write_record
 from ..base.seeds import seed_of
-from ..base.settings import BenchmarkSettings, ClassifierSettings, Settings
+from ..base.settings import BenchmarkSettings, ClassifierSettings, ConceptSettings
+from ..base.settings import InversionSettings, SamplingSettings, Settings
+from ..base.settings import recommended
 from ..data.sets import DataSet
 from .tables import RUN_AGAIN, Cell, write_tables
 from .tasks import PAPER_CONCEPTS, SHIPPED, Condition, Configuration
@@ -89,6 +92,9 @@ def cell_settings(
     tokens = {} if configuration.words else PAPER_CONCEPTS
     short = dict(expansion=1, steps=5) if e.quick else {}
     short_learning = dict(steps=10, batch_size=8) if e.quick else {}
+    inversion = dict(configuration.inversion)
+    if e.quick and 'forward_steps' in inversion:  # fewer than there are steps
+        inversion['forward_steps'] = min(4, inversion['forward_steps'])
     return Settings.of(
         pipe,
         e.data.pool.metaclass,
@@ -99,7 +105,7 @@ def cell_settings(
             **short_learning,
             **e.settings.concepts,
         },
-        inversion=configuration.inversion,
+        inversion=inversion,
         sampling={**usual, **short, **configuration.sampling},
         run=dict(seed=e.seed + trial),
     )
@@ -498,19 +504,24 @@ def about_run(e: Experiment, dataset: str) -> dict:
     model = {k: v for k, v in model.items() if k not in ('device', 'compile')}
     if s.model.dtype == 'auto':
         model['dtype'] = e.pipe.dtype_name
-    notes = dict(e.pipe.recommended)
-    version = notes.pop('version', 1)
     if s.model.model == 'tiny':
-        which = dict(version=version)
+        which = dict(version=e.pipe.recommended.get('version', 1))
     else:
         which = dict(model_digest=model_digest(e.pipe))
-    which |= dict(recommended=notes)
+    which |= dict(recommended=recommended_here(e))
     if e.task == 'few-step':
         which |= dict(few_step=open_few_step(e.pipe, 'own').digest())
     about = dict(task=e.task, dataset=dataset, data=data, trials=trials)
     about |= dict(protocol=PROTOCOL)
     given = dict(concepts=s.concepts, classifier=e.classifier)
     return about | dict(model=model) | given | which
+
+
+def recommended_here(e: Experiment) -> dict:
+    "What the model recommends for the categories of this data set."
+    groups = ConceptSettings, InversionSettings, SamplingSettings
+    kind = e.data.pool.metaclass
+    return {group.stage: recommended(group, e.pipe, kind) for group in groups}
 
 # %% ../../nbs/evaluation/experiments.ipynb #96ecd0fa
 def benchmark(
