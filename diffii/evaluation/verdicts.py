@@ -28,12 +28,12 @@ from diffii.evaluation.tables import (
     plot_table,
     rebuild_tables,
 )
-from .tasks import EXACT, RECIPE, SWEEPS, WHOLE, paper_sampling
+from .tasks import EXACT, RECIPE, SWEEPS, WHOLE, paper_sampling, remedied
 
 # %% ../../nbs/evaluation/verdicts.ipynb #54735c07
 def usual_row(rows: list, condition: str = '', model: str = 'tiny') -> str | None:
     """The recipe or Diff-II as it is, among the configurations of a table: by name; in a
-    sweep the value that the model recommends, or else the paper's."""
+    sweep, and among `remedies`, what the model recommends, or else the paper's."""
     for name in (RECIPE, 'diff-ii', EXACT, WHOLE):
         if name in rows:
             return name
@@ -46,7 +46,9 @@ def usual_row(rows: list, condition: str = '', model: str = 'tiny') -> str | Non
         value = (defaults[group] | notes.get(group, {}))[setting]
         if f'{setting}={value:g}' in rows:
             return f'{setting}={value:g}'
-    return None
+    inverted = defaults['inversion'] | notes.get('inversion', {})
+    name = remedied(inverted['forward_steps'], inverted['fixed_point_iters'])
+    return name if name in rows else None
 
 # %% ../../nbs/evaluation/verdicts.ipynb #5b62c3e8
 def comparisons(
