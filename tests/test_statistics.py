@@ -19,7 +19,8 @@ from diffii.evaluation.statistics import (
     verdict_of,
 )
 from diffii.evaluation.tables import condition_of, table_lines
-from diffii.evaluation.verdicts import Page, comparisons, rebuild
+from diffii.evaluation.tasks import remedies
+from diffii.evaluation.verdicts import Page, comparisons, rebuild, usual_row
 
 RESULTS = Path(__file__).parent.parent / 'nbs' / 'results' / 'cells'
 
@@ -206,3 +207,14 @@ def test_sweeps_go_by_value_and_tails_from_the_steepest():
 
     assert found[:3] == [('IF=100', 'CE'), ('IF=100', 'diff-ii'), ('IF=10', 'diff-ii')]
     assert [row for _, row in found[3:]] == ['original', 'expansion=2', 'expansion=10']
+
+
+def test_inversions_go_from_the_dearest_as_the_task_has_them():
+    names = [c.name for c in remedies()]
+    cells = [dict(setting='3-shot', row=row) for row in sorted(names)]
+
+    assert [row for _, row in table_lines(cells)] == names
+
+
+def test_inversions_are_compared_with_what_the_model_recommends():
+    assert usual_row([c.name for c in remedies()]) == '2 forward, 2 corrections'

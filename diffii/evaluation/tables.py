@@ -24,6 +24,7 @@ from diffii.evaluation.tasks import (
     FEW_SHOT,
     LONG_TAILED,
     SWEEPS,
+    remedies,
     Condition,
     ablation,
     conditions,
@@ -361,7 +362,7 @@ def _write(out, table, task):
 # %% ../../nbs/evaluation/tables.ipynb #b337433a
 def known_rows(condition: str) -> list:
     "Configurations of the tasks, in the order of their tables."
-    made = [c.name for c in (*ablation(), *fast(), *few_step())]
+    made = [c.name for c in (*ablation(), *remedies(), *fast(), *few_step())]
     usual = LONG_TAILED if condition.startswith('IF=') else FEW_SHOT
     # 'diff-ii-even' is what kept cells of long tails call 'diff-ii + even'
     return list(dict.fromkeys(['original', *usual, 'diff-ii-even', *made]))

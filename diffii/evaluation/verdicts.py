@@ -28,7 +28,14 @@ from diffii.evaluation.tables import (
     plot_table,
     rebuild_tables,
 )
-from .tasks import EXACT, RECIPE, SWEEPS, WHOLE, paper_sampling, remedied
+from diffii.evaluation.tasks import (
+    EXACT,
+    RECIPE,
+    SWEEPS,
+    WHOLE,
+    paper_sampling,
+    remedied,
+)
 
 # %% ../../nbs/evaluation/verdicts.ipynb #54735c07
 def usual_row(rows: list, condition: str = '', model: str = 'tiny') -> str | None:
