@@ -107,8 +107,8 @@ def test_what_decides_the_numbers_is_recorded_and_no_more(pipe, groups, same):
 @pytest.mark.parametrize('metaclass, same', [('bird', True), ('digit', False)])
 def test_recommendations_for_other_categories_decide_nothing(pipe, metaclass, same):
     notes = deepcopy(pipe.recommended)
-    ours = dict(by_metaclass={metaclass: dict(forward_steps=5)})
-    changed = notes | dict(inversion=notes['inversion'] | ours)
+    changed = deepcopy(notes)
+    changed['inversion']['by_metaclass'][metaclass] = dict(forward_steps=5)
     pipes = (SimpleNamespace(recommended=n, dtype_name='') for n in (notes, changed))
     usual, other = (about_run(experiment(p), 'digits') for p in pipes)
     assert (usual == other) == same

@@ -179,7 +179,7 @@ class Progress:
             self.seconds[self.name] = self.seconds.get(self.name, 0) + took
         self.bar = self.name = None
 
-
+# %% ../../nbs/base/processes.ipynb #c41d7a52
 def _rare_updates():
     "In a file of a batch job a bar moves every ten seconds, on a screen ten times in one."
     watched = sys.stderr.isatty() or 'ipykernel' in sys.modules

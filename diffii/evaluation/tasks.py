@@ -179,7 +179,7 @@ def ablation() -> list:
     whole = dict(method='diff-ii')
     return [*found, Configuration(f'{WHOLE}, plain inversion', whole, PLAIN)]
 
-
+# %% ../../nbs/evaluation/tasks.ipynb #c41d7a53
 # forward steps and corrections of each line of `remedies`
 REMEDIES = ((2, 2), (14, 2), (20, 2), (8, 0), (14, 0))
 
@@ -199,7 +199,7 @@ def remedies() -> list:
         found.append(Configuration(name, dict(method='diff-ii'), inversion))
     return found
 
-
+# %% ../../nbs/evaluation/tasks.ipynb #c41d7a54
 EXACT = 'exact'  # the row of all steps of the grid, each guided
 
 
