@@ -94,7 +94,7 @@ def cell_settings(
     short_learning = dict(steps=10, batch_size=8) if e.quick else {}
     inversion = dict(configuration.inversion)
     if e.quick and 'forward_steps' in inversion:  # fewer than there are steps
-        inversion['forward_steps'] = min(4, inversion['forward_steps'])
+        inversion['forward_steps'] = min(short['steps'] - 1, inversion['forward_steps'])
     return Settings.of(
         pipe,
         e.data.pool.metaclass,

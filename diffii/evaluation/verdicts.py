@@ -28,19 +28,14 @@ from diffii.evaluation.tables import (
     plot_table,
     rebuild_tables,
 )
-from diffii.evaluation.tasks import (
-    EXACT,
-    RECIPE,
-    SWEEPS,
-    WHOLE,
-    paper_sampling,
-    remedied,
-)
+from .tasks import EXACT, RECIPE, SWEEPS, WHOLE
+from .tasks import paper_sampling, remedied
 
 # %% ../../nbs/evaluation/verdicts.ipynb #54735c07
 def usual_row(rows: list, condition: str = '', model: str = 'tiny') -> str | None:
     """The recipe or Diff-II as it is, among the configurations of a table: by name; in a
-    sweep, and among `remedies`, what the model recommends, or else the paper's."""
+    sweep and among `remedies` what the model recommends for most categories, or else
+    the paper's."""
     for name in (RECIPE, 'diff-ii', EXACT, WHOLE):
         if name in rows:
             return name
