@@ -1,5 +1,7 @@
 "The card of a folder: what the hub reads in it, and what its owner wrote is kept."
 
+import shlex
+
 import pytest
 from garden import a_record, a_row
 from huggingface_hub import DatasetCard
@@ -39,6 +41,20 @@ def test_the_hub_reads_what_the_set_is(folder):
     assert 'synthetic' in data.tags
     assert data.size_categories == ['n<1K']
     assert data.pretty_name == 'more trees'
+
+
+def test_commands_and_code_of_the_card_can_be_pasted(tmp_path):
+    folder = RunFolder(tmp_path / "bob's trees")
+    claim(folder.path, a_record(sampling=dict(method='diff-ii')), RECORD)
+    write_rows(folder.metadata, [a_row('train/oak/0.png', label='oak')])
+    write_card(folder)
+    text = folder.card.read_text()
+    code = text.partition('```python\n')[2].partition('```')[0]
+
+    assert 'load_dataset("bob\'s trees")' in code
+    compile(code, 'card', 'exec')
+    command = text.partition('`diffii remake ')[2].partition(' FILE_NAME')[0]
+    assert shlex.split(command) == ["bob's trees"]
 
 
 def test_the_names_of_the_categories_come_through_yaml(folder):

@@ -1,5 +1,6 @@
 "The paper's claims: which differences they are, and the word for each."
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from diffii.evaluation.claims import (
 )
 from diffii.base.files import read_json
 from diffii.base.records import write_record
-from diffii.evaluation.statistics import Comparison, Paired
+from diffii.evaluation.statistics import Comparison, Paired, decide
 from diffii.evaluation.tables import rebuild_tables
 
 RESULTS = Path(__file__).parent.parent / 'nbs' / 'results' / 'cells'
@@ -100,6 +101,17 @@ def test_a_group_under_two_conditions_is_two_questions():
     names = [name for name, *_ in claim_d({'ood': cells})]
 
     assert len(names) == len(set(names)) == 2 * len(GROUPS)
+
+
+def test_only_accuracy_has_a_margin_for_equivalent():
+    family = [c for found in claims_on(RESULTS) for c in found.family]
+    tight = [replace(c, found=Paired(0.1, 0.2, 0.5, 10)) for c in family]
+
+    words = {c.condition: c.verdict for c in decide(tight)}
+
+    others = {c for c in words if 'LPIPS' in c or 'percent' in c}
+    assert {words[c] for c in others} == {'undecided'}
+    assert {words[c] for c in words.keys() - others} == {'equivalent'}
 
 
 def split(ratio, accuracy, lpips, consistency):

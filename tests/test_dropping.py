@@ -148,9 +148,16 @@ def test_the_card_counts_what_was_dropped(made):
 # ---- names
 
 
-def test_an_image_has_three_names(made):
+def test_an_image_has_a_name_and_paths(made, monkeypatch):
     name, file = made.names[0], made.images[0]
-    for form in (name, name.partition('/')[2], str(file)):
+    monkeypatch.chdir(made.folder)
+    paths = (
+        str(file),
+        str(file.resolve()),
+        f'./{name}',
+        str(file.parent / '.' / file.name),
+    )
+    for form in (name, name.partition('/')[2], *paths):
         assert dropping.known_names(RunFolder(made.folder), [form]) == [name]
 
 

@@ -134,7 +134,7 @@ def test_guidance_of_exact_sampling_is_not_that_of_few_steps(given):
 
 
 @pytest.mark.parametrize(
-    'place, calls, guidance, share', [('own', 4, 2, 0), ('lcm.safetensors', 8, 1, 1)]
+    'place, calls, guidance, share', [('own', 8, 2, 0), ('lcm.safetensors', 8, 1, 1)]
 )
 def test_the_models_own_weights_have_defaults_of_their_own(
     place, calls, guidance, share

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from diffii.base.files import UserError
-from diffii.base.memory import even_slices, run_slices, until_it_fits
+from diffii.base.memory import even_slices, out_of_memory, run_slices, until_it_fits
 from diffii.base.pipeline import Pipeline, load_pipeline
 
 
@@ -73,6 +73,18 @@ def test_torch_says_that_memory_ran_out(no_model):
 
     with pytest.raises(UserError, match='one image at a time'):
         no_model.in_parts(ask_for_a_petabyte, 4)
+
+
+@pytest.mark.parametrize(
+    'message, ran_out',
+    [
+        ('CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA', True),
+        ('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate', True),
+        ('CUDA error: an illegal memory access was encountered', False),
+    ],
+)
+def test_cuda_says_in_its_own_words_that_memory_ran_out(message, ran_out):
+    assert out_of_memory(RuntimeError(message)) == ran_out
 
 
 def test_other_errors_pass(no_model):

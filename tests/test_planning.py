@@ -299,13 +299,20 @@ def test_parts_that_do_not_wait_take_memory_in_every_stage():
     assert more == [GIB, 2 * GIB, 2 * GIB, GIB]
 
 
-def test_a_method_that_learns_nothing_has_no_such_stage():
-    settings = Settings.of(sampling=dict(method='real-gen'))
+@pytest.mark.parametrize(
+    'given, names',
+    [
+        (dict(sampling=dict(method='real-gen')), ['sampling', 'decoding']),
+        (dict(run=dict(concepts='there')), ['inversion', 'sampling', 'decoding']),
+    ],
+)
+def test_where_nothing_is_learned_there_is_no_such_stage(given, names):
+    settings = Settings.of(**given)
     pipe = SimpleNamespace(offload=True, micro_batch=1, vae_batch=1)
 
-    names = [stage.name for stage in stages(pipe, settings, NEEDED)]
+    found = [stage.name for stage in stages(pipe, settings, NEEDED)]
 
-    assert names == ['sampling', 'decoding']
+    assert found == names
 
 
 def test_a_stage_says_how_many_images_fit():

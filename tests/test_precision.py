@@ -86,7 +86,7 @@ def test_tf32_is_set_on_purpose(switches, tf32):
     matmul.allow_tf32 = cudnn.allow_tf32 = not tf32
     cudnn.deterministic, cudnn.benchmark = False, True
 
-    checkpoints._set_arithmetic(ModelSettings(tf32=tf32), 'cuda')
+    checkpoints.set_arithmetic(ModelSettings(tf32=tf32), 'cuda')
 
     assert (matmul.allow_tf32, cudnn.allow_tf32) == (tf32, tf32)
     assert cudnn.deterministic and not cudnn.benchmark
@@ -95,7 +95,7 @@ def test_tf32_is_set_on_purpose(switches, tf32):
 def test_the_cpu_leaves_the_switches_of_cuda_alone():
     before = torch.backends.cudnn.allow_tf32
 
-    checkpoints._set_arithmetic(ModelSettings(tf32=not before), 'cpu')
+    checkpoints.set_arithmetic(ModelSettings(tf32=not before), 'cpu')
 
     assert torch.backends.cudnn.allow_tf32 == before
 

@@ -392,6 +392,13 @@ def test_wrong_settings_are_refused_before_anything_is_written(
     assert not (tmp_path / 'out').exists()
 
 
+def test_categories_that_differ_in_capitals_alone_are_refused(make, birds, tmp_path):
+    alike = replace(birds, classes=('oak', 'Oak', 'elm'))
+    with pytest.raises(UserError, match="categories 'oak', 'Oak': one folder on"):
+        make(tmp_path / 'out', images=alike, concepts=None)
+    assert not (tmp_path / 'out').exists()
+
+
 def test_wrong_settings_of_concepts_are_refused_too(pipe, birds, tmp_path):
     settings = Settings.of(pipe, 'bird', **{**GIVEN, 'concepts': dict(n_tokens=0)})
     with pytest.raises(UserError, match='--tokens 0'):

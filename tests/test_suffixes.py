@@ -55,6 +55,11 @@ def test_one_published_list_names_a_suffix_twice():
     assert len(printed) == len(set(printed)) + 1
 
 
+def test_a_run_takes_each_suffix_of_a_published_list_once():
+    taken = read_suffixes('CUB-LT/IF=100')
+    assert taken == list(dict.fromkeys(published_suffixes('CUB-LT/IF=100')))
+
+
 def test_capitals_of_a_lists_name_do_not_matter():
     assert published_suffixes('5-SHOT cub') == published_suffixes('5-shot CUB')
 

@@ -15,6 +15,7 @@ from diffii.base.pipeline import load_pipeline
 from diffii.base.settings import Settings, TrainSettings
 from diffii.evaluation import training
 from diffii.evaluation.classifier_files import load_classifier
+from diffii.evaluation.statistics import verdict_of
 from diffii.evaluation.training import (
     KINDS,
     TrainingComparison,
@@ -91,10 +92,16 @@ def test_a_held_out_image_takes_its_synthetic_images_with_it(images, synthetic):
     assert all('a/0.png' in str(rows[name]['sources']) for name in gone)
 
 
-def test_the_interval_of_one_value_for_all_is_empty():
-    assert crossed_interval(np.full((3, 5), 2.0)) == (2.0, 0.0)
+def test_equal_differences_of_a_few_images_are_no_certainty():
     folds = np.tile([0, 1, 0, 1], (3, 1))
-    assert fold_interval(np.full((3, 4), 2.0), folds) == (2.0, 0.0)
+    found = (
+        crossed_interval(np.full((3, 5), 2.0)),
+        fold_interval(np.full((3, 4), 2.0), folds),
+    )
+
+    for mean, half in found:
+        assert mean == 2.0 and np.isnan(half)
+        assert verdict_of(mean, half) == 'undecided'
 
 
 def test_one_seed_on_a_test_set_has_no_interval():

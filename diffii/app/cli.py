@@ -17,7 +17,7 @@ import typer
 
 from . import training
 from .looking import review
-from .dropping import drop, score
+from .dropping import MODEL, OF_RUN, drop, score
 from diffii.app.options import (
     FIRST,
     ConfigOption,
@@ -227,7 +227,7 @@ def status(
             words = [f'{k} {v}' for k, v in value.items()]
             more = f', and {len(words) - 5} more' if len(words) > 5 else ''
             value = (', '.join(words[:5]) + more) or 'nothing'
-        print(f'{name:<11}', 'unknown yet' if value is None else value)
+        print(f'{name:<11}', 'not known' if value is None else value)
 
 # %% ../../nbs/app/cli.ipynb #01a13c76
 FileArgument = typer.Argument(help='An image of its metadata, as train/oak/00003.png.')
@@ -235,7 +235,7 @@ ToOption = typer.Option(help='Where to write it: a new file.')
 
 
 @app.command()
-@takes(dict(model=ModelSettings), only=('model', 'device', 'dtype', 'variant'))
+@takes(dict(model=ModelSettings), only=MODEL, usual=OF_RUN)
 def remake(
     given: dict,
     folder: Annotated[Path, FolderArgument],

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TINY', 'KINDS', 'EDITOR', 'NO_CHECKER', 'COMPUTES', 'NETWORKS', 'folder_of', 'best_precision', 'precision',
-           'read_checkpoint']
+           'set_arithmetic', 'read_checkpoint']
 
 # %% ../../nbs/base/checkpoints.ipynb #09b3b910
 import math
@@ -187,7 +187,7 @@ def _unusable(settings, e) -> UserError:
     return UserError(f'--device {settings.device}: {hint}')
 
 # %% ../../nbs/base/checkpoints.ipynb #b797c08b
-def _set_arithmetic(settings, device):
+def set_arithmetic(settings, device):
     "How a GPU computes: TF32 or not, and the same way every time."
     import torch
 
@@ -209,7 +209,7 @@ def _move(pipe, settings):
             hint = 'give --dtype float16, or --device cpu'
             raise UserError(f'--model {settings.model}: {full}; {hint}') from e
         raise _unusable(settings, e) from e
-    _set_arithmetic(settings, device)
+    set_arithmetic(settings, device)
 
 # %% ../../nbs/base/checkpoints.ipynb #950389e8
 NETWORKS = ('unet', 'vae', 'text_encoder', 'text_encoder_2', 'safety_checker')

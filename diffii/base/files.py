@@ -20,7 +20,12 @@ from pathlib import Path
 
 # %% ../../nbs/base/files.ipynb #6abaa4f4
 class UserError(ValueError):
-    "Input that cannot be used; the message is one line with the remedy."
+    "Input that cannot be used; the message is one line: the fault; then the remedy."
+
+    @property
+    def fault(self) -> str:
+        "The message without its remedy."
+        return str(self).rpartition('; ')[0] or str(self)
 
 
 class DamagedFile(UserError):

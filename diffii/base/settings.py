@@ -409,9 +409,10 @@ SOLVERS = ('ddim', 'dpm++')
 INTERPOLATIONS = ('circle', 'inward', 'none')
 # sampling that needs about a third of the U-Net calls
 FAST = dict(guided=(0.0, 0.6), solver='dpm++', stride=3)
-# defaults of sampling with a model's own few-step weights, and with others
+# defaults of sampling with a model's own few-step weights, and with others; eight
+# calls, since four lose accuracy (sweeps of the results)
 FEW_STEP = dict(
-    own=dict(calls=4, few_step_guidance=2.0, fresh_noise=0.0),
+    own=dict(calls=8, few_step_guidance=2.0, fresh_noise=0.0),
     others=dict(calls=8, few_step_guidance=1.0, fresh_noise=1.0),
 )
 
@@ -458,7 +459,7 @@ class SamplingSettings(Group):
     # few-step weights, a LoRA that samples in a few calls of the U-Net: a file, a name on
     # the hub, as latent-consistency/lcm-lora-sdv1-5, or own, which lies beside the model
     few_step: str | None = setting(None)
-    # calls of the U-Net for an image with few-step weights; by default 4 with own, else 8
+    # calls of the U-Net for an image with few-step weights; by default 8
     calls: int | None = setting(None, least=1)
     # guidance scale with few-step weights; above 1, a step takes two of the calls. By
     # default 2 with own, else 1, which is none

@@ -202,7 +202,12 @@ def claims_on(
     for letter, (_, ask) in CLAIMS.items():
         if _testable(letter, protocols):
             asked += [
-                Comparison(*names, paired(numbers.values()), experiment=letter)
+                Comparison(
+                    *names,
+                    paired(numbers.values()),
+                    experiment=letter,
+                    margin=_margin(names[0]),
+                )
                 for *names, numbers in ask(cells)
                 if numbers
             ]
@@ -211,6 +216,12 @@ def claims_on(
         Claim(letter, text, [c for c in decided if c.experiment == letter])
         for letter, (text, _) in CLAIMS.items()
     ]
+
+
+def _margin(condition):
+    "What counts as equivalent: two points of accuracy, nothing in other units."
+    other = 'LPIPS' in condition or 'percent' in condition
+    return 0.0 if other else MARGIN
 
 
 def _testable(letter, protocols):

@@ -80,6 +80,7 @@ class Comparison:
     other: str
     found: Paired  # of row minus other
     experiment: str = ''  # where a family is of several
+    margin: float | None = None  # what counts as equivalent; None: the family's
     p: float = 1.0  # corrected
     verdict: str = 'undecided'
 
@@ -103,14 +104,13 @@ def decide(
     "Holm's correction over a family, and a word for each comparison of it."
     asked = {c.question: c.found.p for c in family}
     p = dict(zip(asked, holm(asked.values()).tolist()))
-    return [
-        replace(
-            c,
-            p=p[c.question],
-            verdict=verdict_of(c.found.mean, c.found.half, p[c.question], margin),
-        )
-        for c in family
-    ]
+
+    def decided(c):
+        own = margin if c.margin is None else c.margin
+        word = verdict_of(c.found.mean, c.found.half, p[c.question], own)
+        return replace(c, p=p[c.question], verdict=word)
+
+    return [decided(c) for c in family]
 
 # %% ../../nbs/evaluation/statistics.ipynb #80b203ef
 COLOURS = dict(better='C0', worse='C3', equivalent='C2', undecided='0.55')

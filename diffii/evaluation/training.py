@@ -272,7 +272,7 @@ def learning_curve(result) -> dict:
 # %% ../../nbs/evaluation/training.ipynb #258552db
 def crossed_interval(
     values,  # (S, n): of every seed and every test image
-) -> tuple:  # (mean, half of its 95 % interval, nan for one seed)
+) -> tuple:  # (mean, half of its 95 % interval; nan for one seed, or without spread)
     "Mean over seeds and images, with the spread that both cause."
     from scipy import stats
 
@@ -282,8 +282,8 @@ def crossed_interval(
         return float(values.mean()), float('nan')
     parts = [values.mean(1).var(ddof=1) / n_seeds, values.mean(0).var(ddof=1) / n]
     total = sum(parts)
-    if not total:
-        return float(values.mean()), 0.0
+    if not total:  # all equal, which a few images may be by chance
+        return float(values.mean()), float('nan')
     freedom = total**2 / (parts[0] ** 2 / (n_seeds - 1) + parts[1] ** 2 / (n - 1))
     return float(values.mean()), float(stats.t.ppf(0.975, freedom) * total**0.5)
 
@@ -291,7 +291,7 @@ def crossed_interval(
 def fold_interval(
     values,  # (S, n): of every repetition and every image, which was held out once
     folds,  # (S, n): the part in which it was held out
-) -> tuple:  # (mean, half of its 95 % interval)
+) -> tuple:  # (mean, half of its 95 % interval; nan where all parts have one mean)
     "The interval of repeated cross-validation (Nadeau and Bengio, 2003)."
     from scipy import stats
 
@@ -299,6 +299,8 @@ def fold_interval(
     k = int(folds.max()) + 1
     means = [v[f == i].mean() for v, f in zip(values, folds) for i in range(k)]
     variance = (1 / len(means) + 1 / (k - 1)) * np.var(means, ddof=1)
+    if not variance:  # a few images come out equal by chance: no certainty
+        return float(values.mean()), float('nan')
     half = stats.t.ppf(0.975, len(means) - 1) * variance**0.5
     return float(values.mean()), float(half)
 

@@ -219,9 +219,14 @@ def tuning_table(results: dict):  # -> pandas table
         shown = {'choice': line['name'], 'accuracy, %': f'{line["accuracy"]:.1f}'}
         gain = ''
         if 'gain' in line:
-            gain = f'{line["gain"]:+.1f} ± {line["interval"]:.1f}'
+            gain = f'{line["gain"]:+.1f}{_half(line["interval"])}'
         lines.append(shown | {'gain, points': gain, 'is': line.get('verdict', '')})
     return pd.DataFrame(lines).set_index('choice')
+
+
+def _half(interval):
+    "Half of an interval in words, nothing where it is not known."
+    return '' if interval is None else f' ± {interval:.1f}'
 
 
 def tuning_text(results: dict) -> str:
@@ -229,13 +234,14 @@ def tuning_text(results: dict) -> str:
     winner, n = results['winner'], len(results['tried']) - 1
     text = (
         f'Best of {n}: {winner["name"]}, {winner["gain"]:+.1f} points over the original '
-        f'set (95 % interval ± {winner["interval"]:.1f}): {winner["verdict"]}.'
+        f'set (95 % interval{_half(winner["interval"]) or " unknown"}): '
+        f'{winner["verdict"]}.'
     )
     if n == 1:
         return text
     return (
-        f'{text} The best of several has luck in its number; chosen without the part that '
-        f'it is tested on, the gain is {results["honest"]:+.1f} points.'
+        f'{text} The best of several has luck in its number; chosen among them without '
+        f'the part that it is tested on, the gain is {results["honest"]:+.1f} points.'
     )
 
 
@@ -272,7 +278,8 @@ def summarise_tuning(t: Tuning, right: dict) -> TuningResults:
         line['accuracy'] = float(values.mean())
         if choice is not None:
             mean, half = gain_of(t, values, right[None])
-            line |= asdict(choice) | dict(gain=mean, interval=half)
+            known = None if np.isnan(half) else half
+            line |= asdict(choice) | dict(gain=mean, interval=known)
             line['verdict'] = verdict_of(mean, half)
         lines.append(line)
     winner = max(lines[1:], key=lambda line: line['accuracy'])

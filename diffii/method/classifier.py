@@ -223,7 +223,7 @@ def make_learner(
     valid=None,  # images to follow the accuracy on
     seed: int = 0,
     class_weights=None,  # weight of each category in the loss
-) -> tuple:  # (Learner, number of epochs that make up `settings.steps`)
+) -> tuple:  # (Learner, epochs: `settings.steps`, rounded up to whole ones)
     "A fastai `Learner` over the training stream."
     import torch
     from fastai.data.core import DataLoaders

@@ -407,11 +407,10 @@ class ConceptTraining:
 # %% ../../nbs/method/concepts.ipynb #d208b254
 @patch
 def _prepare(self: ConceptTraining, adamw):
-    "Learner and optimizer; accelerate's scales the gradients of float16."
+    "The learner, and the optimizer of its parameters."
     concepts, self.adamw = self.concepts, adamw
     prompts = [concepts.prompt(k) for k in range(len(concepts.classes))]
     self.learner = ConceptLearner(self.pipe, prompts, concepts.settings)
-    self.optimizer = self.accelerator.prepare(adamw)
 
 
 @patch
@@ -454,6 +453,9 @@ def begin(self: ConceptTraining, file: Path | None = None):
         num_training_steps=settings.steps,
         last_epoch=self.done - self.skipped - 1,
     )
+    # accelerate's scales the gradients of float16; it comes after the schedule, which
+    # puts a counter around the optimizer's step
+    self.optimizer = self.accelerator.prepare(self.adamw)
 
 
 @patch
@@ -532,7 +534,7 @@ def read_checkpoint(self: ConceptTraining, file: Path):
     with torch.no_grad():
         for i, p in enumerate(self.parameters):
             p.copy_(tensors[f'p.{i}'])
-    load_optimizer_tensors(self.optimizer, tensors)
+    load_optimizer_tensors(self.adamw, tensors)
     concepts.log[:] = about['log']
     self.done, self.skipped = about['step'], about.get('skipped', 0)
     if self.accelerator.scaler and about.get('scaler'):
@@ -620,7 +622,7 @@ def _accumulate(self: ConceptTraining, share):
     acc, n, total = self.accelerator, len(share[0]), 0
     for part in even_slices(n, self.micro_batch):
         batch = [x[part].to(self.pipe.device) for x in share]
-        with deterministic(acc.device.type == 'cpu'):
+        with deterministic(self.pipe.device.type == 'cpu'):
             with acc.autocast():
                 loss = self.learner(*batch) * (len(batch[0]) / n)
             acc.backward(loss)

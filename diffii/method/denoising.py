@@ -45,7 +45,7 @@ def denoising_steps(
     negative: Conditioning | None,  # n rows: the unconditional prompt
     settings: SamplingSettings,
     start: int = 0,  # step to begin at
-    # (steps - 1, n, c, h, w) standard normal, for few-step sampling with fresh noise
+    # (settings.few_steps - 1, n, c, h, w) standard normal, for fresh noise
     fresh: torch.Tensor | None = None,
 ):  # -> generator of (step, latents before it); the last one is (steps, clean latents)
     "The trajectory of a batch, one solver step at a time."
@@ -84,7 +84,7 @@ def two_stage_denoise(
     start: int = 0,  # step to begin at; above 0 where the latents are noised images
     # the unconditional prompt, one row or n; by default the empty prompt
     negative: Conditioning | None = None,
-    # (steps - 1, n, c, h, w) standard normal, for few-step sampling with fresh noise
+    # (settings.few_steps - 1, n, c, h, w) standard normal, for fresh noise
     fresh: torch.Tensor | None = None,
 ) -> torch.Tensor:  # (n, c, h, w) float32 on the CPU: clean latents
     """Denoise a batch, every image under its own prompts (arXiv 2408.16266, Section 3.3).

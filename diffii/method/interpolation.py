@@ -82,8 +82,8 @@ def iter_pairs(
     # the image behind each inversion, where an image has several: pairs are of two images
     images=None,
 ):  # yields (a, b), a != b
-    """Pairs of different positions, all pairs once before any comes again. Raises
-    `UserError` for less than two inversions."""
+    """Pairs of different positions, all pairs once before any comes again; of more than a
+    million pairs, half of them. Raises `UserError` for less than two inversions."""
     require(n >= 2, f'draw_pairs: a pair needs two inversions, the category has {n}')
     image = _image_numbers(n, images)
     if n * (n - 1) > MANY:

@@ -232,8 +232,9 @@ def read_suffixes(
     if isinstance(spec, (str, Path)):
         names = [name.lower() for name in published()['suffixes']]
         if str(spec).strip().lower() in names and not Path(spec).is_file():
-            return published_suffixes(str(spec))
-        spec, lines = str(spec), _lines_of(spec)
+            spec, lines = str(spec), published_suffixes(str(spec))
+        else:
+            spec, lines = str(spec), _lines_of(spec)
     else:
         lines = list(spec)
     found = {}

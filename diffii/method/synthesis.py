@@ -328,7 +328,7 @@ def _row_generator(row, purpose):
 def fresh_noise(
     rows: list,  # of one batch
     pipe: Pipeline,
-) -> torch.Tensor | None:  # (steps - 1, n, c, h, w); None where none is needed
+) -> torch.Tensor | None:  # (few_steps - 1, n, c, h, w); None where none is needed
     "The noise that few-step sampling puts between its steps, each row's own."
     settings, drawn = settings_of(rows[0]), []
     if not settings.fresh_noise or settings.few_steps < 2:

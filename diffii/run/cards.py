@@ -7,6 +7,7 @@ __all__ = ['SCALARS', 'SIZES', 'CARD', 'YOURS', 'columns', 'form_of', 'Summary',
            'card_text', 'write_card']
 
 # %% ../../nbs/run/cards.ipynb #867a0e30
+import shlex
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,12 +115,13 @@ from {real} real images of {k} categories ({metaclass}), seed {seed}.{redrawn}
 Use them as training data beside the real ones, never as test data.
 
 `train/` has a folder of images for each category, and `metadata.jsonl` says of each image
-what it was made from. `diffii remake {name} FILE_NAME` makes one again.
+what it was made from. Where the folder `.diffii` is kept beside it,
+`diffii remake {words} FILE_NAME` makes one again.
 
 ```python
-datasets.load_dataset('{name}')['train']                     # all of the metadata
-torchvision.datasets.ImageFolder('{name}/train')             # images and labels
-timm.data.create_dataset('', root='{name}', split='train')
+datasets.load_dataset({text})['train']                  # all of the metadata
+torchvision.datasets.ImageFolder({train})               # images and labels
+timm.data.create_dataset('', root={text}, split='train')
 ```
 
 The images have the licence of the real ones and of the model: fill in `license` above.
@@ -137,8 +139,12 @@ def card_text(
     from diffii import __version__
 
     method, model = about['sampling']['method'], about['model']
+    name = folder.path.resolve().name
     return CARD.format(
-        name=folder.path.resolve().name,
+        name=name,
+        words=shlex.quote(name),
+        text=repr(name),
+        train=repr(f'{name}/train'),
         n=found.n,
         version=__version__,
         method=method,

@@ -6,6 +6,7 @@
 __all__ = ['known_names', 'read_names', 'drop', 'keep', 'refill', 'score', 'drop_worst']
 
 # %% ../../nbs/run/dropping.ipynb #5f951b98
+import os
 import shlex
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -51,11 +52,15 @@ def known_names(
 def _planned_as(folder, names):  # -> ({as it was given: as in the plan}, the first)
     "The planned names of images; a name may begin below or above the folder."
     found, first = {}, None
+    paths = {}
+    for given in names:
+        paths.setdefault(os.path.abspath(given), []).append(given)
     for row in iter_rows(folder.plan):
         name = row['file_name']
         first = first or name
-        ways = name.removeprefix(f'{IMAGES}/'), name, str(folder.path / name)
-        found |= {way: name for way in ways if way in names}
+        ways = {name.removeprefix(f'{IMAGES}/'), name} & names
+        ways |= set(paths.get(os.path.abspath(folder.path / name), ()))
+        found |= {way: name for way in ways}
     return found, first
 
 

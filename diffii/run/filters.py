@@ -356,7 +356,10 @@ def check_filter(images: ImageSet, settings: FilterSettings):
         require(enough, f'{text} three images of a category; use another')
         # of several processes the first one filters, but all would have to train
         alone = processes().num_processes == 1
-        require(alone, f'{text} one process; leave it out, then: diffii score')
+        require(
+            alone,
+            f'{text} one process; leave it out, then: diffii score and diffii drop --worst',
+        )
     elif settings.by == 'denoising':
         require(len(images.classes) > 1, f'{text} two categories; use another')
     elif settings.by == 'clip':

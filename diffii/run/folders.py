@@ -339,7 +339,8 @@ class RunFolder:
         "The run's record, whatever became of its lists. Raises `UserError`."
         check_links(self.path)
         text = f'{self.path}: not a folder of synthetic images with its {STATE} folder'
-        require(self.record.is_file(), text)
+        hint = 'give a folder that diffii augment wrote'
+        require(self.record.is_file(), f'{text}; {hint}')
         return run_record(self.path, RECORD, RunRecord)
 
     def file(self, row: dict) -> Path:
@@ -499,7 +500,7 @@ def mend_lists(self: RunFolder):
             self.digests.check(file, AGAIN)
             read_rows(file)
         except UserError as e:
-            warnings.warn(f'{e}; its batch is made again')
+            warnings.warn(f'{e.fault}; its batch is made again')
             file.unlink()
 
 

@@ -44,7 +44,7 @@ def _is_whole(folder):
     try:
         _read(folder)
     except DamagedFile as e:
-        warnings.warn(f'{e}; it is made again')
+        warnings.warn(f'{e.fault}; it is made again')
         return False
     return True
 

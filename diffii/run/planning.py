@@ -11,7 +11,6 @@ __all__ = ['UNETS', 'CUDA_ITSELF', 'FILL', 'RECORDS', 'unet_calls', 'inverted_im
 # %% ../../nbs/run/planning.ipynb #53a8d128
 import copy
 import math
-import os
 import shutil
 import statistics
 import time
@@ -36,6 +35,7 @@ from ..method.denoising import denoising_steps
 from ..method.diffusion import first_step
 from .folders import N_SOURCES
 
+import psutil
 import torch
 from fastcore.basics import patch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -308,7 +308,7 @@ def stages(pipe: Pipeline, settings: Settings, needed: ModelMemory) -> list:
     unet, batch = needed.unet + waiting, pipe.micro_batch
     trained = needed.unet + needed.lora + max(waiting, needed.text)
     found = [Stage('learning', trained, per, at_a_time, '--concept-micro-batch {n}')]
-    if METHODS[sampling.method].learn == 'none':
+    if METHODS[sampling.method].learn == 'none' or settings.run.concepts:
         found = []
     if sampling.start == 'circle':
         found.append(Stage('inversion', unet, needed.call, batch, '--batch-size {n}'))
@@ -322,7 +322,7 @@ def device_memory(device: torch.device) -> int:
     "Bytes of memory that a device has in all."
     if device.type == 'cuda':
         return torch.cuda.mem_get_info(device)[1]
-    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    return psutil.virtual_memory().total
 
 
 def room_of(pipe: Pipeline) -> int:

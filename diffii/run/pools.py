@@ -64,12 +64,12 @@ def _read(file, key):
     try:
         latents, about = _latents(file)
     except DamagedFile as e:
-        warnings.warn(f'{e}; it is made again')
+        warnings.warn(f'{e.fault}; it is made again')
         return None
     for name, value in key.items():
         require(
             about.get(name) == value,
-            f'{file}: was made from other {name}; {AGAIN}, or give the old {name}',
+            f'{file}: was made from other {name}; {AGAIN}, or give another folder',
         )
     return latents
 

@@ -10,6 +10,7 @@ __all__ = ['ATTEMPTS', 'Rows', 'SyntheticSet', 'load_synthetic', 'Run', 'check_r
 import json
 import shlex
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..base.files import UserError, require
+from ..base.files import UserError, folder_name, require
 from ..base.images import ImageSet
 from ..base.methods import METHODS, Method
 from ..base.pipeline import ROOMS, Pipeline, model_digest, same_model
@@ -133,7 +134,8 @@ class SyntheticSet(ImageSet):
 def load_synthetic(
     path,  # an output folder
 ) -> SyntheticSet:
-    "Read what `synthesize` wrote. Raises `UserError` where something is missing."
+    """Read what `synthesize` wrote. Raises `UserError` for an image that is listed and
+    missing; warns where planned images are not made yet."""
     folder = RunFolder(path)
     again = 'run the command that made it again'
     finished = folder.metadata.is_file() and folder.record.is_file()
@@ -143,6 +145,9 @@ def load_synthetic(
     rows = Rows(r for r in iter_rows(folder.metadata) if r['file_name'] not in gone)
     for row in rows:
         _check_made(folder, row, classes, again)
+    lacking = sum(1 for _ in folder.final_rows()) - len(rows)
+    if lacking > 0:
+        warnings.warn(f'{path}: {lacking} planned images are not made yet; {again}')
     return SyntheticSet(
         images=tuple(map(folder.file, rows)),
         labels=tuple(classes.index(row['label']) for row in rows),
@@ -260,6 +265,7 @@ def check_run(run: Run, concepts: Concepts | None, pool: InversionPool | None):
     rarest = images.classes[int(images.counts.argmin())] if images.classes else 'images'
     text = f'{rarest}: has no image; add one or leave the category out'
     require(len(images) and images.counts.min(), text)
+    _check_folders(images.classes)
     check_pairs(images, settings.inversion)
     text = '--suffixes: a split ratio above 0 needs suffixes; give some, or'
     enough = run.suffixes or not settings.sampling.suffixed_steps
@@ -277,6 +283,14 @@ def check_run(run: Run, concepts: Concepts | None, pool: InversionPool | None):
         _check_pool(run, pool)
 
 # %% ../../nbs/run/runs.ipynb #607ed2f5
+def _check_folders(classes):
+    "Every category has a folder of its own, also where capitals make no difference."
+    folders = Counter(folder_name(c).casefold() for c in classes)
+    twice = [short(c) for c in classes if folders[folder_name(c).casefold()] > 1]
+    text = 'one folder on macOS and Windows; rename one of them'
+    require(not twice, f'categories {", ".join(twice[:2])}: {text}')
+
+
 def _check_given(run, concepts):
     "Given concepts are of the method's kind, the same categories and the same model."
     alone = run.method.learn == 'tokens'
@@ -476,7 +490,9 @@ def make_missing(
             folder.write_redrawn(number, unplanned)
             pairs = zip(batch, images)
             write({folder.file(row): image for row, image in pairs if wanted(row)})
-            done += len(batch)
+            done = min(
+                planned, done + len(batch) * ps.num_processes
+            )  # others do as much
             progress('images', done, planned)
 
 # %% ../../nbs/run/runs.ipynb #5901d532
@@ -553,6 +569,8 @@ def _taken(run, record):
         claim(folder.path, record, RECORD)
     ps.wait_for_everyone()
     with held(folder, ps.process_index):
+        if ps.is_main_process:  # nobody else claimed it in between
+            claim(folder.path, record, RECORD)
         yield
 
 
