@@ -563,6 +563,15 @@ def test_words_are_kept_and_belong_to_the_concepts(pipe, few, described, tmp_pat
         learn_concepts(pipe, few, short, folder=tmp_path)
 
 
+def test_images_without_words_have_one_and_the_same_concepts(pipe, few, tmp_path):
+    alone = replace(SHORT, steps=1, with_words=False)
+    learned = learn_concepts(pipe, few, alone, folder=tmp_path)
+
+    again = learn_concepts(pipe, few, replace(alone, with_words=True), folder=tmp_path)
+
+    assert same_concepts(learned, again)
+
+
 def test_a_checkpoint_knows_the_words(pipe, few, described, tmp_path):
     interrupt(pipe, described, SHORT, tmp_path)
 

@@ -150,6 +150,7 @@ SHORT = dict(shots=2, trials=1, quick=True)
     'task, dataset, trials, rows',
     [
         ('ood', 'aviary', dict(methods='original,diff-ii'), 2),
+        ('few-shot', 'digits', dict(methods='original,diff-ii,diffii'), 3),
         ('long-tail', 'digits', dict(methods='CE,diff-ii', imbalance=20, shots=()), 2),
         (
             'few-shot',

@@ -521,11 +521,11 @@ def read_checkpoint(self: ConceptTraining, file: Path):
     run = f'{file}: belongs to a run with another'
     same = same_model(about['base'], concepts.base)
     require(same, f'{run} model; delete it or give the old one')
-    now = dict(settings=concepts.settings.deciding(), classes=list(concepts.classes))
+    now = dict(settings=_decided(concepts.settings), classes=list(concepts.classes))
     now |= dict(words=list(concepts.words))
     about.setdefault('words', [])
     # what an older version did not know has its default
-    about['settings'] = ConceptSettings(**about['settings']).deciding()
+    about['settings'] = _decided(ConceptSettings(**about['settings']))
     for key, value in {**now, 'seed': self.seed}.items():
         differs = (
             f'{key} ({about[key]!r}, now {value!r}); delete it or give the old value'
@@ -743,11 +743,18 @@ def _all_steps(training, file, sample_every, folder):  # yields the loss of ever
             training.write_checkpoint(file)
 
 
+def _decided(settings):
+    "What decides the concepts; of words, the words themselves are compared."
+    found = settings.deciding()
+    found.pop('with_words')
+    return found
+
+
 def _learned_before(pipe, images, settings, folder):
     "The concepts in a folder. Raises `UserError` where they are not the ones asked for."
     concepts = Concepts.load(folder)
     same = (
-        concepts.settings.deciding() == settings.deciding()
+        _decided(concepts.settings) == _decided(settings)
         and tuple(concepts.classes) == tuple(images.classes)
         and tuple(concepts.words) == words_of(images, settings)
         and same_model(concepts.base, model_digest(pipe))

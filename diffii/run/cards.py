@@ -119,8 +119,8 @@ what it was made from. Where the folder `.diffii` is kept beside it,
 `diffii remake {words} FILE_NAME` makes one again.
 
 ```python
-datasets.load_dataset({text})['train']                  # all of the metadata
-torchvision.datasets.ImageFolder({train})               # images and labels
+datasets.load_dataset({text})['train']  # all of the metadata
+torchvision.datasets.ImageFolder({train})  # images and labels
 timm.data.create_dataset('', root={text}, split='train')
 ```
 
