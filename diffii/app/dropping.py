@@ -183,7 +183,7 @@ def _share(text):
         ) from e
     return share
 
-
+# %% ../../nbs/app/dropping.ipynb #d20b5a1c
 def _images(names):
     "How many images, in words."
     return f'{len(names)} image{"" if len(names) == 1 else "s"}'
