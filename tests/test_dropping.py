@@ -6,8 +6,10 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import yaml
 from small_runs import GIVEN, MAKING, SUFFIXES, few_birds, hardly_learned
 
+from diffii.app.dropping import pipe_of
 from diffii.base.files import UserError, write_json
 from diffii.base.methods import METHODS
 from diffii.base.pipeline import load_pipeline
@@ -45,7 +47,7 @@ def concepts(pipe, birds):
 def make_in(pipe, birds, concepts):
     "Make twelve synthetic birds in a folder with few steps, in batches of 8 and 4."
 
-    def _make(out, concepts=concepts, **groups):
+    def _make(out, concepts=concepts, pipe=pipe, **groups):
         given = {k: {**FILTERED[k], **groups.get(k, {})} for k in FILTERED}
         settings = Settings.of(pipe, 'bird', **given)
         return synthesize(pipe, birds, out, settings, SUFFIXES, concepts)
@@ -504,6 +506,26 @@ def test_the_command_drops_and_refills(made, say):
     assert '1 image was replaced' in answer.out
     rows = load_synthetic(made.folder).rows
     assert len(rows) == 11 and rows[0]['attempt'] >= runs.ATTEMPTS
+
+
+@pytest.mark.parametrize('given, tiling', [({}, True), (dict(vae_tiling=False), False)])
+def test_a_run_gets_its_model_back_as_it_was(make_in, tmp_path, given, tiling):
+    tiled = load_pipeline('tiny', batch_size=8, vae_tiling=True)
+    made = make_in(tmp_path / 'tiled', pipe=tiled)
+
+    found = pipe_of(made.folder, given)
+
+    assert (found.pipe.vae.use_tiling, found.batch_size) == (tiling, 8)
+
+
+def test_real_images_that_have_moved_are_asked_for(made, say, folder_of_birds):
+    about = dict(images=dict(folder=str(folder_of_birds)))
+    RunFolder(made.folder).settings.write_text(yaml.safe_dump(about))
+    folder_of_birds.rename(folder_of_birds.with_name('moved'))
+
+    told = say('score', made.folder, 'lpips').line
+
+    assert f'{folder_of_birds}, as seen from here; give their folder' in told
 
 
 def test_the_command_scores_and_drops_the_worst(made, say, folder_of_birds, numbered):

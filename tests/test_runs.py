@@ -15,6 +15,7 @@ from small_runs import GIVEN, MAKING, SUFFIXES, few_birds, hardly_learned
 
 from diffii.base.files import UserError, read_json, write_json
 from diffii.base.pipeline import load_pipeline
+from diffii.base.records import write_record
 from diffii.base.settings import Settings
 from diffii.run import review, runs
 from diffii.run.folders import STATE, RunFolder, claim, holds_run, tentative
@@ -236,6 +237,8 @@ def test_an_interrupted_run_ends_with_the_same_files(make, tmp_path):
     assert len(lines) == 8
     now = status(tmp_path / 'out')
     assert (now['done'], sum(now['missing'].values())) == (8, 10)
+    with pytest.warns(UserWarning, match='10 planned images are not made yet; run the'):
+        assert len(load_synthetic(tmp_path / 'out')) == 8
 
     resumed = make(tmp_path / 'out', concepts=None)
 
@@ -478,6 +481,25 @@ def test_a_claimed_folder_takes_the_same_run_again(tmp_path):
     claim(tmp_path / 'out', about, '.state/run.json')
     with pytest.raises(UserError, match='seed: 0 then, 1 now'):
         claim(tmp_path / 'out', {**about, 'seed': 1}, '.state/run.json')
+
+
+def test_a_run_whose_record_was_replaced_before_it_held_the_folder_stops(
+    make, tmp_path, monkeypatch
+):
+    """Two runs begin at once, and the other one writes its record in between."""
+    hold = runs.held
+
+    def late(folder, number):
+        about = read_json(folder.record)
+        about.pop('seal')
+        write_record(folder.record, about | dict(seed=about['seed'] + 1))
+        return hold(folder, number)
+
+    monkeypatch.setattr(runs, 'held', late)
+
+    with pytest.raises(UserError, match='seed: 2 then, 1 now'):
+        make(tmp_path / 'out')
+    assert not list(tmp_path.glob('out/train/*/*.png'))
 
 
 def test_a_file_is_no_folder(tmp_path):

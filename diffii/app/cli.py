@@ -17,7 +17,7 @@ import typer
 
 from . import training
 from .looking import review
-from .dropping import MODEL, OF_RUN, drop, score
+from .dropping import MODEL, OF_RUN, drop, pipe_of, score
 from diffii.app.options import (
     FIRST,
     ConfigOption,
@@ -244,18 +244,10 @@ def remake(
 ):
     "Make one synthetic image again, from its line of metadata."
     from diffii.base.files import require, save_png
-    from diffii.base.pipeline import load_pipeline
-    from diffii.run.folders import RunFolder
     from diffii.run.review import remake as again
 
-    ours = RunFolder(folder).record.is_file()
-    require(ours, f'{folder}: not a folder that diffii augment wrote')
     require(not to.exists(), f'--to {to}: is there already; give another name')
-    run = RunFolder(folder).about()
-    made_with = {k: run[k] for k in ('model', 'dtype', 'size', 'batch_size')}
-    made_with |= {name: run.get(name, False) for name in ('vae_tiling', 'tf32')}
-    settings = ModelSettings(**{**made_with, **given['model']})
-    save_png(to, again(load_pipeline(settings), folder, file_name))
+    save_png(to, again(pipe_of(folder, given['model']), folder, file_name))
     print(to)
 
 # %% ../../nbs/app/cli.ipynb #58a5637b

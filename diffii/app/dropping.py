@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODEL', 'OF_RUN', 'SCORING', 'RunArgument', 'ByArgument', 'RealOption', 'NamesArgument', 'FileOption', 'WorstOption',
-           'BelowOption', 'ByOption', 'KeepOption', 'RefillOption', 'score', 'drop']
+           'BelowOption', 'ByOption', 'KeepOption', 'RefillOption', 'score', 'pipe_of', 'drop']
 
 # %% ../../nbs/app/dropping.ipynb #0c34e3ae
 import shlex
@@ -50,7 +50,7 @@ def score(
     settings, (say, progress) = FilterSettings(**given['filter']), voice()
     real, pipe = _real_images(folder, images), None
     if any(SCORERS[name].model for name in by):
-        pipe = _pipe_of(folder, given['model'])
+        pipe = pipe_of(folder, given['model'])
     found = score_images(folder, by, real, settings, pipe, progress)
     for name in by:
         say(f'{name:<10} {_range(found[name].values())}')
@@ -84,7 +84,10 @@ def _real_images(folder, images):
     return read_images(ImageSettings(**kept | dict(folder=str(place))), seed)
 
 
-def _pipe_of(folder, given):
+def pipe_of(
+    folder,  # of a run
+    given: dict,  # settings of the model that were given
+):  # -> `Pipeline`
     "The model that a folder was made with, in its precision and batches."
     from diffii.base.pipeline import load_pipeline
     from diffii.run.folders import RunFolder
@@ -201,7 +204,7 @@ def _refill(folder, names, given):
     from diffii.run import dropping
 
     say, progress = voice()
-    done = dropping.refill(_pipe_of(folder, given), folder, names, progress)
+    done = dropping.refill(pipe_of(folder, given), folder, names, progress)
     verb = 'was' if len(done) == 1 else 'were'
     say(f'{_images(done)} {verb} replaced; {_count(folder)}')
     if done:

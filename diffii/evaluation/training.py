@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COMPARISON', 'SMALL', 'OWN_WEIGHTS', 'TrainingComparison', 'fold_numbers', 'without_sources', 'check_comparison',
            'suited_classifier', 'train_one', 'learning_curve', 'crossed_interval', 'fold_interval', 'FoldCell',
-           'read_cell', 'read_results', 'summarise_comparison', 'changed_images', 'keep_first', 'keep_better',
+           'read_cell', 'read_results', 'summarise_comparison', 'known', 'changed_images', 'keep_first', 'keep_better',
            'about_comparison', 'hold_folder', 'train_missing', 'compare_training']
 
 # %% ../../nbs/evaluation/training.ipynb #c13206c3
@@ -368,7 +368,7 @@ def summarise_comparison(
     right = {kind: 100.0 * (predicted[kind] == labels) for kind in KINDS}
     mean, half = c.interval(right[KINDS[1]] - right[KINDS[0]])
     better = KINDS[1] if mean > 0 else KINDS[0]
-    gain = dict(mean=mean, interval=_known(half), verdict=verdict_of(mean, half))
+    gain = dict(mean=mean, interval=known(half), verdict=verdict_of(mean, half))
     return ComparisonResults(
         accuracy={kind: _accuracy(c, right[kind]) for kind in KINDS},
         gain=gain,
@@ -383,7 +383,7 @@ def summarise_comparison(
     )
 
 # %% ../../nbs/evaluation/training.ipynb #1adc7d20
-def _known(value):
+def known(value):
     "A number, or None for nan, which JSON does not know."
     return value if np.isfinite(value) else None
 
@@ -391,7 +391,7 @@ def _known(value):
 def _accuracy(c, right):
     "Mean, interval, and one number for each seed, in percent."
     mean, half = c.interval(right)
-    return dict(mean=mean, interval=_known(half), seeds=right.mean(1).tolist())
+    return dict(mean=mean, interval=known(half), seeds=right.mean(1).tolist())
 
 
 def _counts(c):

@@ -29,7 +29,8 @@ from .experiments import Experiment, check, classifier_settings
 from .experiments import make_synthetic
 from .statistics import verdict_of
 from .tasks import Condition, Configuration
-from .training import fold_interval, fold_numbers, hold_folder
+from .training import fold_interval, fold_numbers
+from .training import hold_folder, known
 from .training import learning_curve, read_cell, suited_classifier
 from ..run.folders import claim, holds_run, run_record
 
@@ -278,8 +279,7 @@ def summarise_tuning(t: Tuning, right: dict) -> TuningResults:
         line['accuracy'] = float(values.mean())
         if choice is not None:
             mean, half = gain_of(t, values, right[None])
-            known = None if np.isnan(half) else half
-            line |= asdict(choice) | dict(gain=mean, interval=known)
+            line |= asdict(choice) | dict(gain=mean, interval=known(half))
             line['verdict'] = verdict_of(mean, half)
         lines.append(line)
     winner = max(lines[1:], key=lambda line: line['accuracy'])

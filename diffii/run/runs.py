@@ -490,9 +490,8 @@ def make_missing(
             folder.write_redrawn(number, unplanned)
             pairs = zip(batch, images)
             write({folder.file(row): image for row, image in pairs if wanted(row)})
-            done = min(
-                planned, done + len(batch) * ps.num_processes
-            )  # others do as much
+            # every process has done as much
+            done = min(planned, done + len(batch) * ps.num_processes)
             progress('images', done, planned)
 
 # %% ../../nbs/run/runs.ipynb #5901d532
