@@ -146,13 +146,15 @@ SWEEPS = dict(
 
 
 def sweep(task: str, values: tuple = ()) -> list:
-    "Diff-II at each value of the setting of a sweep."
+    """Diff-II at each value of the setting of a sweep: `split`, which is the paper's, with
+    the paper's inversion, the others with the one that the model recommends."""
     group, name, usual = SWEEPS[task]
     number = int if name in ('expansion', 'per_image') else float
+    inversion = PLAIN if task == 'split' else {}
     found = []
     for value in map(number, values or usual):
-        given = dict(sampling=dict(method='diff-ii'))
-        given.setdefault(group, {})[name] = value
+        given = dict(sampling=dict(method='diff-ii'), inversion=dict(inversion))
+        given[group][name] = value
         found.append(Configuration(f'{name}={value:g}', **given))
     return found
 
@@ -167,7 +169,7 @@ WHOLE = ablated(circle=True, two_stage=True)
 
 
 def ablation() -> list:
-    "The paper's ablation, and the whole method with the paper's inversion."
+    "The paper's ablation, and the whole method with the inversion of the model."
     found = [Configuration('original')]
     for two_stage in (False, True):
         for circle in (False, True):
@@ -175,9 +177,10 @@ def ablation() -> list:
             sampling['interpolation'] = 'circle' if circle else 'none'
             if not two_stage:
                 sampling['split_ratio'] = 0.0
-            found.append(Configuration(ablated(circle, two_stage), sampling))
+            name = ablated(circle, two_stage)
+            found.append(Configuration(name, sampling, PLAIN if circle else {}))
     whole = dict(method='diff-ii')
-    return [*found, Configuration(f'{WHOLE}, plain inversion', whole, PLAIN)]
+    return [*found, Configuration(f'{WHOLE}, recommended inversion', whole)]
 
 # %% ../../nbs/evaluation/tasks.ipynb #c41d7a53
 # forward steps and corrections of each line of `remedies`
