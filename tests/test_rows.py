@@ -46,6 +46,36 @@ def test_what_is_added_to_a_method(name, sampling, classifier, images):
     assert (found.classifier, found.images) == (classifier, images)
 
 
+def test_a_row_may_have_settings_of_its_own():
+    found = configuration('diff-ii + expansion=10 + inversions=2 + forward-steps=1')
+    assert found.sampling == dict(method='diff-ii', expansion=10)
+    assert found.inversion == dict(forward_steps=1, fixed_point_iters=0, per_image=2)
+    assert found.images == ''  # its own
+
+
+def test_rows_that_differ_in_the_classifier_share_their_images():
+    found = configuration('diffii + trivial-augment + replacement=0.7')
+    expected = dict(augment='trivial', replacement_probability=0.7)
+    assert found.classifier == expected
+    assert (found.sampling, found.images) == ({}, 'diffii')
+    assert configuration('original + label-smoothing=0').images == ''
+
+
+@pytest.mark.parametrize(
+    'name, reason',
+    [
+        ('diffii + colour=red', 'colour is no setting'),
+        ('diffii + expansion=many', '--expansion many: give a whole number'),
+        ('diffii + expansion=0', '--expansion 0'),
+        ('original + expansion=2', 'makes no images'),
+        ('diffii + concept-steps=10', 'is no setting of images'),
+    ],
+)
+def test_a_setting_that_a_row_cannot_have_is_named(name, reason):
+    with pytest.raises(UserError, match=reason):
+        configuration(name)
+
+
 @pytest.mark.parametrize(
     'name', ['original + suffix', 'CE + own', 'da-fusion + suffix']
 )
