@@ -115,10 +115,14 @@ def classifier_settings(
     experiment: Experiment, condition: Condition, configuration: Configuration
 ) -> ClassifierSettings:
     "The settings of the classifier of a configuration."
-    short = dict(steps=20, epochs=None) if experiment.quick else {}
-    usual = {**condition.classifier, **experiment.classifier}
+    e = experiment
+    short = dict(steps=20, epochs=None) if e.quick else {}
+    usual = {**condition.classifier, **e.classifier}
+    if configuration.recipe:
+        by_model = recommended(ClassifierSettings, e.pipe, e.data.pool.metaclass)
+        usual = {**condition.classifier, **by_model, **e.classifier}
     given = {**usual, **configuration.classifier, **short}
-    common = dict(flip=experiment.data.flip, device=experiment.device)
+    common = dict(flip=e.data.flip, device=e.device)
     return ClassifierSettings(**common, **given)
 
 # %% ../../nbs/evaluation/experiments.ipynb #1a4fb825
@@ -519,9 +523,10 @@ def about_run(e: Experiment, dataset: str) -> dict:
 
 def recommended_here(e: Experiment) -> dict:
     "What the model recommends for the categories of this data set."
-    groups = ConceptSettings, InversionSettings, SamplingSettings
+    groups = ConceptSettings, InversionSettings, SamplingSettings, ClassifierSettings
     kind = e.data.pool.metaclass
-    return {group.stage: recommended(group, e.pipe, kind) for group in groups}
+    found = {group.stage: recommended(group, e.pipe, kind) for group in groups}
+    return {stage: settings for stage, settings in found.items() if settings}
 
 # %% ../../nbs/evaluation/experiments.ipynb #96ecd0fa
 def benchmark(

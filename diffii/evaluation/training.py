@@ -6,7 +6,7 @@
 __all__ = ['COMPARISON', 'SMALL', 'OWN_WEIGHTS', 'TrainingComparison', 'fold_numbers', 'without_sources', 'check_comparison',
            'suited_classifier', 'train_one', 'learning_curve', 'crossed_interval', 'fold_interval', 'FoldCell',
            'read_cell', 'read_results', 'summarise_comparison', 'known', 'changed_images', 'keep_first', 'keep_better',
-           'about_comparison', 'hold_folder', 'train_missing', 'compare_training']
+           'about_comparison', 'hold_folder', 'train_missing', 'compare_training', 'recommended_with']
 
 # %% ../../nbs/evaluation/training.ipynb #c13206c3
 import contextlib
@@ -27,6 +27,7 @@ from ..base.processes import reporter
 from ..base.records import RESTORE, read_record, write_record
 from ..base.seeds import seed_of
 from ..base.settings import ClassifierSettings, ComparisonSettings, TrainSettings
+from ..base.settings import model_notes, recommended
 from .classifier_files import NOTES, Notes, copy_classifier
 from .classifier_files import save_classifier
 from .statistics import verdict_of
@@ -543,7 +544,8 @@ def compare_training(
     about, out = settings.comparison, Path(settings.comparison.out)
     going_on = holds_run(out, COMPARISON)
     before = run_record(out, COMPARISON).get('classifier') if going_on else None
-    given = dict(flip=settings.images.flip, device=about.device) | settings.classifier
+    given = dict(flip=settings.images.flip, device=about.device)
+    given |= recommended_with(synthetic) | settings.classifier
     classifier, line = suited_classifier(images, given, before)
     c = TrainingComparison(images, synthetic, test, about, classifier, progress)
     check_comparison(c)
@@ -556,6 +558,13 @@ def compare_training(
         write_training_report(out / 'report.html', results, c.tested)
         keep_better(c, results['kept'])
     return results
+
+
+def recommended_with(synthetic) -> dict:  # of `ClassifierSettings`
+    "What the model that made synthetic images recommends for a classifier."
+    made = RunFolder(synthetic.folder).about()
+    notes = model_notes(made['model'])
+    return recommended(ClassifierSettings, notes, made['metaclass'])
 
 
 def _notes(c):

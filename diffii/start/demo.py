@@ -161,7 +161,8 @@ def train_one(demo: Demo, job: Job) -> dict:
 
     t, progress = job.trial, demo.progress
     made = load_synthetic(demo.folder(t)) if job.kind == KINDS[1] else None
-    settings = ClassifierSettings(flip=demo.images.flip)
+    images = demo.images
+    settings = ClassifierSettings.of(demo.pipe, images.pool.metaclass, flip=images.flip)
     if demo.about['quick']:
         settings = replace(settings, steps=30)
     result = train_classifier(
