@@ -58,6 +58,45 @@ def few_step_settings(file, method='diff-ii', **given):
     return Settings.of(sampling=sampling | given, concepts=concepts)
 
 
+# recommended by a model
+
+ADVICE = dict(
+    sampling=dict(
+        guidance_scale=2.0, by_metaclass=dict(tree=dict(few_step='own', expansion=20))
+    )
+)
+
+
+@pytest.mark.parametrize(
+    'given, expected',
+    [
+        ({}, ('own', 20)),
+        (dict(split_ratio=0.5), ('own', 20)),
+        (dict(expansion=3), ('own', 3)),
+        (dict(method='diff-ii'), ('own', 20)),
+        (dict(few_step='none'), (None, 5)),
+        (dict(guidance_scale=3.0), (None, 5)),
+        (dict(solver='dpm++', stride=3), (None, 5)),
+        (dict(method='random-noise', expansion=4), (None, 4)),
+    ],
+)
+def test_recommended_weights_give_way_to_other_sampling(given, expected):
+    found = SamplingSettings.of(ADVICE, 'tree', **given)
+
+    assert (found.few_step, found.expansion) == expected
+    assert SamplingSettings.of(ADVICE, 'bird', **given).few_step is None
+
+
+def test_the_weights_that_the_shipped_model_recommends_are_there():
+    from diffii.base.pipeline import load_pipeline
+
+    pipe = load_pipeline('tiny')
+    settings = Settings.of(pipe, 'bird').sampling
+
+    assert settings.few_step == 'own'
+    open_few_step(pipe, settings.few_step)
+
+
 # the step
 
 

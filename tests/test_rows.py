@@ -116,7 +116,9 @@ def test_on_long_tails_every_generative_method_draws_rare_categories_more(
 NOTES = dict(
     inversion=dict(forward_steps=2, fixed_point_iters=1),
     sampling=dict(guidance_scale=2.0, expansion=7, split_ratio=0.2, noise_share=0.5),
+    classifier=dict(by_metaclass=dict(digit=dict(replacement_probability=0.7))),
 )
+NOTES['sampling']['few_step'] = 'own'
 
 
 @pytest.mark.parametrize('task, split', [('few-shot', 0.1), ('long-tail', 1.0)])
@@ -142,6 +144,26 @@ def test_the_recipe_is_what_the_model_recommends_and_other_rows_are_the_papers(
     assert (paper.sampling.split_ratio, paper.sampling.noise_share) == (split, 0)
     assert paper.sampling.expansion == other.sampling.expansion == 5
     assert {s.sampling.guidance_scale for s in (recipe, paper, other)} == {2.0}
+    assert recipe.sampling.few_step == 'own'
+    assert paper.sampling.few_step is other.sampling.few_step is None
+
+
+def test_the_classifier_of_the_recipe_is_what_the_model_recommends(tmp_path):
+    data = shipped_set('digits')
+    names = 'diffii,diffii + replacement=0.4,diff-ii'
+    [condition] = conditions('few-shot', data, TrialSettings(methods=names))
+    e = experiment('few-shot', tmp_path, data)
+    e.pipe = SimpleNamespace(recommended=NOTES)
+
+    shares = [
+        classifier_settings(e, condition, row).replacement_probability
+        for row in condition.configurations
+    ]
+    e.classifier = dict(replacement_probability=0.1)
+    given = classifier_settings(e, condition, condition.configurations[0])
+
+    assert shares == [0.7, 0.4, 0.5]
+    assert given.replacement_probability == 0.1
 
 
 def test_a_category_of_n_images_is_drawn_with_a_weight_of_one_over_n_plus_one():

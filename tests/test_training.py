@@ -69,6 +69,24 @@ def settings_for(out, seeds=2, folds=2, **classifier):
     return TrainSettings.of(comparison=about, classifier=classifier)
 
 
+def test_what_the_images_model_recommends_comes_before_the_default(
+    images, synthetic, unseen, tmp_path, monkeypatch
+):
+    advice = dict(replacement_probability=0.7, batch_size=3)
+    notes = dict(classifier=dict(by_metaclass=dict(plant=advice)))
+    monkeypatch.setattr(training, 'model_notes', lambda model: notes)
+    out = tmp_path / 'out'
+
+    results = compare_training(
+        images, synthetic, unseen, settings_for(out, seeds=1, batch_size=2)
+    )
+
+    record = json.loads((out / 'comparison.json').read_text())
+    assert record['classifier']['replacement_probability'] == 0.7
+    assert record['classifier']['batch_size'] == 2
+    assert set(results['accuracy']) == set(KINDS)
+
+
 def comparison(images, synthetic, test, out='unused'):
     about = settings_for(out)
     return TrainingComparison(images, synthetic, test, about.comparison, None)
