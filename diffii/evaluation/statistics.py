@@ -129,7 +129,9 @@ def plot_comparisons(
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     tallest = max(len(family) for family in panels.values())
-    size = (1.2 + 3.1 * columns, (0.8 + 0.24 * tallest) * rows)
+    letters = max(len(_line(c)) for family in panels.values() for c in family)
+    width = max(3.1, 1.2 + 0.058 * letters)
+    size = (1.2 + width * columns, (0.8 + 0.24 * tallest) * rows)
     share = dict(sharex=True, squeeze=False, dpi=80, layout='constrained')
     fig, axes = plt.subplots(rows, columns, figsize=size, **share)
     for ax in axes.flat[len(panels) :]:
@@ -144,12 +146,16 @@ def plot_comparisons(
     return fig
 
 
+def _line(c):
+    "What stands beside the dot of a comparison."
+    return f'{c.other}: {c.verdict}'
+
+
 def _draw_dots(ax, family):
     "One panel: a dot for each comparison, the first on top."
     for i, c in enumerate(family):
         half = c.found.half if np.isfinite(c.found.half) else None
         colour = COLOURS[c.verdict]
         ax.errorbar(c.found.mean, i, xerr=half, fmt='o', ms=4, capsize=2, color=colour)
-    names = [f'{c.other}: {c.verdict}' for c in family]
-    ax.set_yticks(range(len(family)), names, fontsize=8)
+    ax.set_yticks(range(len(family)), map(_line, family), fontsize=8)
     ax.set_ylim(len(family) - 0.5, -0.5)

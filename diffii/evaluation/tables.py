@@ -296,7 +296,8 @@ def plot_gains(table):
     names = list(dict.fromkeys(table.setting))
     alone = 'gain' not in table
     compared = table.iloc[:0].assign(gain=[]) if alone else table.dropna(subset='gain')
-    size = (1.8 + 2.9 * len(names), 0.9 + 0.28 * table.row.nunique())
+    letters = max(map(len, table.row))
+    size = (0.6 + 0.08 * letters + 2.6 * len(names), 0.9 + 0.28 * table.row.nunique())
     fig, axes = plt.subplots(
         1, len(names), figsize=size, sharey=True, sharex=True, squeeze=False, dpi=80
     )
@@ -376,9 +377,10 @@ def table_lines(cells: list) -> list:  # of (condition, configuration)
         known = known_rows(condition)
         number = float(re.search(r'[\d.]+', condition)[0])
         falling = -1 if condition.startswith('IF=') else 1
-        name, _, value = row.partition('=')
         at = known.index(row) if row in known else len(known)
-        return falling * number, at, name, float(value or 0)
+        swept = ' + ' not in row and '=' in row  # as expansion=10
+        name, _, value = row.partition('=') if swept else (row, '', 0)
+        return falling * number, at, name, float(value)
 
     return sorted({(cell['setting'], cell['row']) for cell in cells}, key=place)
 

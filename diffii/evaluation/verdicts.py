@@ -190,6 +190,7 @@ def show(
 ):
     "Display the tables and the verdicts of one experiment."
     import matplotlib.pyplot as plt
+    import pandas as pd
     from IPython.display import display
 
     record, cells, table = self.found[str(out)]
@@ -197,10 +198,11 @@ def show(
         fig = plot_table(table, record['task'])
         display(fig)
         plt.close(fig)
-    for half in halves(table):
-        display(half)
-    print(*notes(cells, record), sep='\n')
-    display(verdict_table(self.of(out)))
+    with pd.option_context('display.max_colwidth', 80):
+        for half in halves(table):
+            display(half)
+        print(*notes(cells, record), sep='\n')
+        display(verdict_table(self.of(out)))
 
 
 @patch
