@@ -531,7 +531,7 @@ def few_steps(self: SamplingSettings) -> int:
     "Steps of few-step sampling."
     return self.calls // self.calls_of_step
 
-
+# %% ../../nbs/base/settings.ipynb #c2d4e6f2
 # sampling of one's own, with which recommended few-step weights are left out
 OTHER_SAMPLING = ('guidance_scale', 'guided', 'solver', 'stride', 'steps')
 
@@ -701,12 +701,7 @@ def _check_notes(notes):
     require(isinstance(notes, dict), 'should be an object, as {"sampling": {}}')
     version = notes.get('version', 1)
     require(type(version) is int, f'version should be a number, found {version!r:.60}')
-    for group in (
-        ConceptSettings,
-        InversionSettings,
-        SamplingSettings,
-        ClassifierSettings,
-    ):
+    for group in (g for g in Group.__subclasses__() if g.stage):
         stage, known = group.stage, {spec.name for spec in specs(group)}
         found = notes.get(stage, {})
         parts = found.get('by_metaclass', {}) if isinstance(found, dict) else None
