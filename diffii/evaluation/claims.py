@@ -134,7 +134,7 @@ def claim_h(cells):
     found = []
     for task in NEEDED['h']:
         rows = tuple(dict.fromkeys(cell['row'] for cell in cells[task]))
-        others = tuple(row for row in rows if row != RECIPE)
+        others = tuple(row for row in rows if row.split(' + ')[0] != RECIPE)
         found += above(cells[task], others, row=RECIPE)
     return found
 
