@@ -462,8 +462,7 @@ class SamplingSettings(Group):
     solver: str = setting('ddim', choices=SOLVERS)
     stride: int = setting(1, least=1)  # steps of the grid that sampling takes in one
     # few-step weights, a LoRA that samples in a few calls of the U-Net: a file, a name on
-    # the hub, as latent-consistency/lcm-lora-sdv1-5, own, which lies beside the model, or
-    # none
+    # the hub, as latent-consistency/lcm-lora-sdv1-5, own (beside the model), or none
     few_step: str | None = setting(None)
     # calls of the U-Net for an image with few-step weights; by default 8
     calls: int | None = setting(None, least=1)
@@ -834,8 +833,7 @@ class ClassifierSettings(Group):
     # learning rate of the body, as a fraction of the head's
     body_lr: float = setting(1.0, least=0)
     weight_decay: float = setting(5e-4, least=0)  # of all weights, by SGD
-    # share taken from the target
-    label_smoothing: float = setting(0.1, least=0, most=1)
+    label_smoothing: float = setting(0.1, least=0, most=1)  # taken from the target
     # share of the steps in which the learning rate rises
     warmup: float = setting(0.1, least=0, most=1)
     flip: bool = setting(False, option=False)  # mirror half of the images
