@@ -209,6 +209,14 @@ def test_sweeps_go_by_value_and_tails_from_the_steepest():
     assert [row for _, row in found[3:]] == ['original', 'expansion=2', 'expansion=10']
 
 
+def test_rows_with_settings_of_their_own_come_last():
+    rows = ['diffii + expansion=10', 'original', 'diffii + few-step=none', 'diffii']
+
+    found = table_lines([dict(setting='5-shot', row=row) for row in rows])
+
+    assert [row for _, row in found] == ['original', 'diffii', rows[0], rows[2]]
+
+
 def test_inversions_go_from_the_dearest_as_the_task_has_them():
     names = [c.name for c in remedies()]
     cells = [dict(setting='3-shot', row=row) for row in sorted(names)]

@@ -6,7 +6,7 @@
 __all__ = ['COMPARISON', 'SMALL', 'OWN_WEIGHTS', 'TrainingComparison', 'fold_numbers', 'without_sources', 'check_comparison',
            'suited_classifier', 'train_one', 'learning_curve', 'crossed_interval', 'fold_interval', 'FoldCell',
            'read_cell', 'read_results', 'summarise_comparison', 'known', 'changed_images', 'keep_first', 'keep_better',
-           'about_comparison', 'hold_folder', 'train_missing', 'compare_training', 'recommended_with']
+           'about_comparison', 'hold_folder', 'train_missing', 'recommended_with', 'compare_training']
 
 # %% ../../nbs/evaluation/training.ipynb #c13206c3
 import contextlib
@@ -529,6 +529,13 @@ def train_missing(c: TrainingComparison):
         write_record(c.file(*job), cell, indent=None)
     c.progress('classifiers', len(jobs) * steps, len(jobs) * steps)
 
+# %% ../../nbs/evaluation/training.ipynb #b8a1c3d2
+def recommended_with(synthetic) -> dict:  # of `ClassifierSettings`
+    "What the model that made synthetic images recommends for a classifier."
+    made = RunFolder(synthetic.folder).about()
+    notes = model_notes(made['model'])
+    return recommended(ClassifierSettings, notes, made['metaclass'])
+
 # %% ../../nbs/evaluation/training.ipynb #47cb3e70
 def compare_training(
     images: ImageSet,  # the original set
@@ -558,13 +565,6 @@ def compare_training(
         write_training_report(out / 'report.html', results, c.tested)
         keep_better(c, results['kept'])
     return results
-
-
-def recommended_with(synthetic) -> dict:  # of `ClassifierSettings`
-    "What the model that made synthetic images recommends for a classifier."
-    made = RunFolder(synthetic.folder).about()
-    notes = model_notes(made['model'])
-    return recommended(ClassifierSettings, notes, made['metaclass'])
 
 
 def _notes(c):
