@@ -539,9 +539,11 @@ OTHER_SAMPLING = ('guidance_scale', 'guided', 'solver', 'stride', 'steps')
 def suited(cls: SamplingSettings, usual: dict, given: dict) -> dict:
     """Recommended few-step weights, and the number of images that they are quick enough
     for, are left out where other sampling or another method is given."""
+    asked = given.get('few_step')
     own = any(given.get(name) is not None for name in OTHER_SAMPLING)
     other = given.get('method') not in (None, SamplingSettings.method)
-    if 'few_step' in usual and (own or other or given.get('few_step') == 'none'):
+    without = asked == 'none' or (asked is None and (own or other))
+    if 'few_step' in usual and without:
         usual = {k: v for k, v in usual.items() if k not in ('few_step', 'expansion')}
     return usual
 

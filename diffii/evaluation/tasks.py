@@ -95,7 +95,8 @@ def _with_added(plain, name, last):
     if last == 'suffix':
         method = f'{plain.sampling.get("method", plain.name)}-suffix'
         get_method(method)
-        return replace(plain, name=name, sampling=dict(method=method), images='')
+        sampling = plain.sampling | dict(method=method)
+        return replace(plain, name=name, sampling=sampling, images='')
     return _trained_with(plain, name, category=last)
 
 
@@ -129,7 +130,7 @@ def _with_setting(plain, name, last):
         if spec.option == f'--{option}'
     ]
     wrong = f'--methods {name}: {option} is no setting of images or of the classifier'
-    require(found, f'{wrong}; give one of the options of augment, as expansion=10')
+    require(found, f'{wrong}; give one of augment or train, as expansion=10')
     group, spec = found[0]
     value = read_value(spec, dict(true=True, false=False).get(text, text))
     if group == 'classifier':

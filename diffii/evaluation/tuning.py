@@ -125,7 +125,8 @@ class Tuning:
         sampling = dict(method=choice.method, noise_share=choice.noise_share)
         if METHODS[choice.method].two_stage:
             sampling['split_ratio'] = choice.split_ratio
-        sampling = {**self.settings.sampling, **sampling}
+        # what a model recommends for Diff-II alone would be no fair start
+        sampling = {'few_step': 'none', **self.settings.sampling, **sampling}
         classifier = dict(replacement_probability=choice.replacement)
         about = dict(classifier=classifier, images=choice.images)
         return Configuration(choice.name, sampling, words=True, **about)
