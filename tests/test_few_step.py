@@ -77,6 +77,8 @@ ADVICE = dict(
         (dict(few_step='none'), (None, 5)),
         (dict(guidance_scale=3.0), (None, 5)),
         (dict(solver='dpm++', stride=3), (None, 5)),
+        (dict(few_step='own', steps=50), ('own', 20)),
+        (dict(few_step='none', expansion=10), (None, 10)),
         (dict(method='random-noise', expansion=4), (None, 4)),
     ],
 )
@@ -84,7 +86,9 @@ def test_recommended_weights_give_way_to_other_sampling(given, expected):
     found = SamplingSettings.of(ADVICE, 'tree', **given)
 
     assert (found.few_step, found.expansion) == expected
-    assert SamplingSettings.of(ADVICE, 'bird', **given).few_step is None
+    assert SamplingSettings.of(ADVICE, 'bird', **given).expansion == given.get(
+        'expansion', 5
+    )
 
 
 def test_the_weights_that_the_shipped_model_recommends_are_there():

@@ -53,6 +53,12 @@ def test_a_row_may_have_settings_of_its_own():
     assert found.images == ''  # its own
 
 
+def test_a_suffix_leaves_the_settings_of_a_row_as_they_are():
+    found = configuration('random-noise + expansion=10 + suffix')
+
+    assert found.sampling == dict(method='random-noise-suffix', expansion=10)
+
+
 def test_rows_that_differ_in_the_classifier_share_their_images():
     found = configuration('diffii + trivial-augment + replacement=0.7')
     expected = dict(augment='trivial', replacement_probability=0.7)

@@ -24,6 +24,7 @@ from diffii.evaluation.training import (
     crossed_interval,
     fold_interval,
     fold_numbers,
+    recommended_with,
     suited_classifier,
     without_sources,
 )
@@ -85,6 +86,26 @@ def test_what_the_images_model_recommends_comes_before_the_default(
     assert record['classifier']['replacement_probability'] == 0.7
     assert record['classifier']['batch_size'] == 2
     assert set(results['accuracy']) == set(KINDS)
+
+
+@pytest.mark.parametrize(
+    'sampling, expected',
+    [
+        (dict(expansion=2), 0.7),
+        (dict(expansion=3), None),  # the images are two for each real one
+        (dict(few_step='own'), None),  # and sampled exactly
+    ],
+)
+def test_a_classifier_is_recommended_for_images_as_they_are_recommended(
+    synthetic, monkeypatch, sampling, expected
+):
+    advice = dict(replacement_probability=0.7)
+    notes = dict(classifier=advice, sampling=sampling)
+    monkeypatch.setattr(training, 'model_notes', lambda model: notes)
+
+    found = recommended_with(synthetic)
+
+    assert found.get('replacement_probability') == expected
 
 
 def comparison(images, synthetic, test, out='unused'):
