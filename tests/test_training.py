@@ -78,14 +78,13 @@ def test_what_the_images_model_recommends_comes_before_the_default(
     monkeypatch.setattr(training, 'model_notes', lambda model: notes)
     out = tmp_path / 'out'
 
-    results = compare_training(
+    compare_training(
         images, synthetic, unseen, settings_for(out, seeds=1, batch_size=2)
     )
 
     record = json.loads((out / 'comparison.json').read_text())
     assert record['classifier']['replacement_probability'] == 0.7
     assert record['classifier']['batch_size'] == 2
-    assert set(results['accuracy']) == set(KINDS)
 
 
 @pytest.mark.parametrize(

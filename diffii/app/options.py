@@ -79,13 +79,13 @@ def default_text(group: str, spec: Spec) -> str:
     "The default in words, for the end of the help; empty where there is none."
     notes = _recommended().get(group, {})
     usual = notes.get(spec.name, spec.default)
-    text = _typed(spec.default)
+    parts = [_typed(spec.default)]
     if usual != spec.default:
-        text = f'{text}; shipped model: {_typed(usual)}'
+        parts.append(f'shipped model: {_typed(usual)}')
     for kind, own in notes.get('by_metaclass', {}).items():
         if own.get(spec.name, usual) != usual:
-            text = f'{text}; shipped model, {kind}: {_typed(own[spec.name])}'
-    text = text.removeprefix('; ')
+            parts.append(f'shipped model, {kind}: {_typed(own[spec.name])}')
+    text = '; '.join(part for part in parts if part)
     return f' (default: {text})' if text else ''
 
 

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['WORDS', 'LR_SCHEDULES', 'SOLVERS', 'INTERPOLATIONS', 'FAST', 'FEW_STEP', 'OTHER_SAMPLING', 'SCORES', 'STYLES',
            'AUGMENTS', 'setting', 'Spec', 'specs', 'field_comments', 'read_value', 'Group', 'recommended',
-           'settings_for', 'ImageSettings', 'ModelSettings', 'ConceptSettings', 'InversionSettings', 'SamplingSettings',
-           'FilterSettings', 'GuideSettings', 'EditSettings', 'ContextSettings', 'RunSettings', 'model_notes',
-           'Settings', 'group_kinds', 'checked_groups', 'checked', 'SomeGiven', 'ClassifierSettings', 'PushSettings',
-           'DataSettings', 'TrialSettings', 'BenchmarkSettings', 'ComparisonSettings', 'TrainSettings',
-           'TuningSettings', 'TuneSettings', 'read_config', 'config_text']
+           'recommended_classifier', 'settings_for', 'ImageSettings', 'ModelSettings', 'ConceptSettings',
+           'InversionSettings', 'SamplingSettings', 'FilterSettings', 'GuideSettings', 'EditSettings',
+           'ContextSettings', 'RunSettings', 'model_notes', 'Settings', 'group_kinds', 'checked_groups', 'checked',
+           'SomeGiven', 'ClassifierSettings', 'PushSettings', 'DataSettings', 'TrialSettings', 'BenchmarkSettings',
+           'ComparisonSettings', 'TrainSettings', 'TuningSettings', 'TuneSettings', 'read_config', 'config_text']
 
 # %% ../../nbs/base/settings.ipynb #65364f78
 import inspect
@@ -249,6 +249,19 @@ def recommended(
     found = dict(notes.get(group.stage, {}))
     by_metaclass = found.pop('by_metaclass', {})
     return {**found, **by_metaclass.get(metaclass, {})}
+
+
+def recommended_classifier(
+    pipe,  # as of `recommended`
+    metaclass: str,
+    sampling: dict,  # of the images that it is to be trained with
+) -> dict:  # of `ClassifierSettings`
+    """What a model recommends for a classifier, where the images are sampled as it
+    recommends too, and are as many."""
+    usual = recommended(SamplingSettings, pipe, metaclass)
+    alike = sampling.get('few_step') == usual.get('few_step')
+    enough = sampling['expansion'] >= usual.get('expansion', 1)
+    return recommended(ClassifierSettings, pipe, metaclass) if alike and enough else {}
 
 
 def settings_for(group: type, usual: dict, **given):

@@ -24,7 +24,7 @@ from ..base.records import read_record, write_record
 from ..base.seeds import seed_of
 from ..base.settings import BenchmarkSettings, ClassifierSettings, ConceptSettings
 from ..base.settings import InversionSettings, SamplingSettings, Settings
-from ..base.settings import recommended
+from ..base.settings import recommended, recommended_classifier
 from ..data.sets import DataSet
 from .tables import RUN_AGAIN, Cell, write_tables
 from .tasks import PAPER_CONCEPTS, SHIPPED, Condition, Configuration
@@ -119,7 +119,9 @@ def classifier_settings(
     short = dict(steps=20, epochs=None) if e.quick else {}
     usual = {**condition.classifier, **e.classifier}
     if configuration.recipe:
-        by_model = recommended(ClassifierSettings, e.pipe, e.data.pool.metaclass)
+        sampling = asdict(cell_settings(e, condition, configuration, 0).sampling)
+        kind = e.data.pool.metaclass
+        by_model = recommended_classifier(e.pipe, kind, sampling)
         usual = {**condition.classifier, **by_model, **e.classifier}
     given = {**usual, **configuration.classifier, **short}
     common = dict(flip=e.data.flip, device=e.device)
@@ -513,7 +515,7 @@ def about_run(e: Experiment, dataset: str) -> dict:
     else:
         which = dict(model_digest=model_digest(e.pipe))
     which |= dict(recommended=recommended_here(e))
-    if e.task == 'few-step':
+    if e.task == 'few-step' or which['recommended']['sampling'].get('few_step'):
         which |= dict(few_step=open_few_step(e.pipe, 'own').digest())
     about = dict(task=e.task, dataset=dataset, data=data, trials=trials)
     about |= dict(protocol=PROTOCOL)

@@ -213,8 +213,7 @@ def ablation() -> list:
             sampling['interpolation'] = 'circle' if circle else 'none'
             if not two_stage:
                 sampling['split_ratio'] = 0.0
-            name = ablated(circle, two_stage)
-            found.append(Configuration(name, sampling, PLAIN if circle else {}))
+            found.append(Configuration(ablated(circle, two_stage), sampling, PLAIN))
     whole = dict(method='diff-ii')
     return [*found, Configuration(f'{WHOLE}, recommended inversion', whole)]
 

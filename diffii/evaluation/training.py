@@ -27,7 +27,7 @@ from ..base.processes import reporter
 from ..base.records import RESTORE, read_record, write_record
 from ..base.seeds import seed_of
 from ..base.settings import ClassifierSettings, ComparisonSettings, TrainSettings
-from ..base.settings import SamplingSettings, model_notes, recommended
+from ..base.settings import model_notes, recommended_classifier
 from .classifier_files import NOTES, Notes, copy_classifier
 from .classifier_files import save_classifier
 from .statistics import verdict_of
@@ -531,15 +531,10 @@ def train_missing(c: TrainingComparison):
 
 # %% ../../nbs/evaluation/training.ipynb #b8a1c3d2
 def recommended_with(synthetic) -> dict:  # of `ClassifierSettings`
-    """What the model that made synthetic images recommends for a classifier, where they
-    were sampled as it recommends too, and are as many."""
+    "What the model that made synthetic images recommends for a classifier with them."
     made = RunFolder(synthetic.folder).about()
-    notes, kind = model_notes(made['model']), made['metaclass']
-    usual, sampling = recommended(SamplingSettings, notes, kind), made['sampling']
-    alike = sampling.get('few_step') == usual.get('few_step')
-    if not alike or sampling['expansion'] < usual.get('expansion', 1):
-        return {}
-    return recommended(ClassifierSettings, notes, kind)
+    notes = model_notes(made['model'])
+    return recommended_classifier(notes, made['metaclass'], made['sampling'])
 
 # %% ../../nbs/evaluation/training.ipynb #47cb3e70
 def compare_training(

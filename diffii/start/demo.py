@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'Demo', 'open_demo', 'Job', 'MadeImages', 'make_images', 'Tr
 
 # %% ../../nbs/start/demo.ipynb #919aa8cd
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -17,7 +17,7 @@ from ..base.files import UserError, require, write_json
 from ..base.pages import picture_data, write_page
 from ..base.processes import Progress, processes
 from ..base.records import read_record, write_record
-from ..base.settings import ClassifierSettings, Settings
+from ..base.settings import ClassifierSettings, Settings, recommended_classifier
 from ..evaluation.workers import alone, helpers, shared, spare_workers
 from ..evaluation.workers import while_parent_lives
 from ..run.folders import RunFolder, claim
@@ -111,20 +111,27 @@ class MadeImages:
     note: str  # why another kind has none
 
 
-def make_images(demo: Demo, t: int) -> dict:
-    "The synthetic images of a trial, a page to look through them, and their diversity."
-    from diffii.evaluation.gallery import write_review
+@patch
+def settings(self: Demo, t: int) -> Settings:
+    "The settings of the images of a trial."
     from diffii.evaluation.tasks import PLAIN
-    from diffii.run.runs import synthesize
 
-    real, progress, about = demo.samples[t], demo.progress, demo.about
+    about, metaclass = self.about, self.samples[t].metaclass
     given = dict(sampling=dict(few_step='own') if about.get('few_step') else {})
     if about['quick']:
         given['concepts'] = dict(steps=20, batch_size=8)
         given['inversion'] = PLAIN
         given['sampling'] |= dict(expansion=2)
-    given |= dict(images=dict(flip=demo.images.flip), run=dict(seed=demo.seed(t)))
-    settings = Settings.of(demo.pipe, real.metaclass, **given)
+    given |= dict(images=dict(flip=self.images.flip), run=dict(seed=self.seed(t)))
+    return Settings.of(self.pipe, metaclass, **given)
+
+
+def make_images(demo: Demo, t: int) -> dict:
+    "The synthetic images of a trial, a page to look through them, and their diversity."
+    from diffii.evaluation.gallery import write_review
+    from diffii.run.runs import synthesize
+
+    real, progress, settings = demo.samples[t], demo.progress, demo.settings(t)
     place, suffixes = demo.folder(t), demo.images.suffixes
     made = synthesize(demo.pipe, real, place, settings, suffixes, progress=progress)
     write_review(place, real, progress=progress)
@@ -161,8 +168,9 @@ def train_one(demo: Demo, job: Job) -> dict:
 
     t, progress = job.trial, demo.progress
     made = load_synthetic(demo.folder(t)) if job.kind == KINDS[1] else None
-    images = demo.images
-    settings = ClassifierSettings.of(demo.pipe, images.pool.metaclass, flip=images.flip)
+    kind, sampling = demo.samples[t].metaclass, asdict(demo.settings(t).sampling)
+    advice = recommended_classifier(demo.pipe, kind, sampling)
+    settings = ClassifierSettings(flip=demo.images.flip, **advice)
     if demo.about['quick']:
         settings = replace(settings, steps=30)
     result = train_classifier(
