@@ -319,6 +319,30 @@ def test_two_processes_take_the_steps_of_one_and_learn_as_much(trained):
     assert abs(together['accuracy'] - alone['accuracy']) < 0.12
 
 
+# ---- the end of a process
+
+LAST_WORD = """
+import sys
+
+import torch
+
+from diffii.base.processes import processes
+
+processes()
+sys.setswitchinterval(1000)  # a thread that wants the lock must wait to be offered it
+network = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+for _ in range(20):
+    network(torch.ones(2, 4)).sum().backward()
+"""
+
+
+def test_processes_may_end_right_after_their_last_word(tmp_path):
+    "Without the pause about one process in three aborts; there are six."
+    (tmp_path / 'last_word.py').write_text(LAST_WORD)
+
+    launch(6, cwd=tmp_path, what=('last_word.py',))
+
+
 # ---- an experiment in two processes
 
 
