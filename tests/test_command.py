@@ -435,6 +435,8 @@ def test_an_unreadable_image_is_named_in_one_line(say, tmp_path, name, data):
         (('--tracker', 'paper'), '--tracker paper: one of'),
         (('--metaclass', ''), '--metaclass'),
         (('--colour', 'red'), '--colour'),
+        (('--method', 'original'), '--method original: makes no images'),
+        (('--device', 'cuda:77'), '--device cuda:77: cannot be used here'),
     ],
 )
 def test_a_wrong_option_is_one_line_and_leaves_nothing(
@@ -458,6 +460,33 @@ def test_a_used_folder_is_left_as_it_is(augment, tmp_path):
     (used / 'thesis.tex').touch()
     assert 'thesis.tex' in augment('--out', used).line
     assert [p.name for p in used.iterdir()] == ['thesis.tex']
+
+
+def test_an_output_folder_among_the_categories_is_refused(augment, garden):
+    "Or the same command would take it for a category the next time."
+    before = sorted(garden.rglob('*'))
+
+    assert 'lies in the folder of the images' in augment('--out', garden / 'out').line
+    assert sorted(garden.rglob('*')) == before
+
+
+def test_a_wrong_model_is_told_before_captions_are_made(augment, tmp_path, monkeypatch):
+    def caption(*args, **kwargs):
+        raise AssertionError('captions were made')
+
+    monkeypatch.setattr('diffii.run.runs.choose_suffixes', caption)
+    options = '--captioner', 'measure', '--model', 'tinny', '--out', tmp_path / 'out'
+
+    assert '--model tinny: neither a folder' in augment(*options).line
+
+
+def test_a_single_file_is_no_model(augment, tmp_path):
+    (tmp_path / 'tuned.safetensors').write_bytes(b'weights')
+    options = '--model', tmp_path / 'tuned.safetensors', '--out', tmp_path / 'out'
+
+    assert "a single file; load it with diffusers' from_single_file" in (
+        augment(*options).line
+    )
 
 
 def test_an_output_folder_that_is_a_file_is_refused(augment, tmp_path):

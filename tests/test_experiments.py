@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from PIL import Image
-from small_models import small_clip
+from small_models import checkpoint, small_clip
 
 from diffii.base.files import UserError, read_json
 from diffii.base.pipeline import load_pipeline
@@ -18,10 +18,11 @@ from diffii.evaluation.experiments import (
     Experiment,
     about_run,
     benchmark,
+    classifier_settings,
     given_classifier,
 )
 from diffii.evaluation.tables import finished, read_cells
-from diffii.evaluation.tasks import configuration
+from diffii.evaluation.tasks import conditions, configuration
 from diffii.evaluation.verdicts import notes, summary_lines
 
 RESULTS = Path(__file__).parent.parent / 'nbs' / 'results' / 'cells'
@@ -118,6 +119,37 @@ def test_another_model_is_known_by_its_weights(pipe):
     about = about_run(experiment(pipe, model=dict(model='elsewhere')), 'digits')
     assert 'version' not in about
     assert about['model_digest']
+
+
+@pytest.mark.parametrize('notes', ({}, dict(sampling=dict(few_step='none'))))
+def test_a_model_that_recommends_no_few_step_weights_has_none_on_record(pipe, notes):
+    e = experiment(pipe, model=dict(model='elsewhere'))
+    e = replace(e, pipe=replace(e.pipe, recommended=notes))
+
+    about = about_run(e, 'digits')
+
+    assert about['recommended'] == notes
+    assert 'few_step' not in about
+
+
+def test_weights_of_a_row_are_looked_for_first(pipe, tmp_path):
+    row = 'diff-ii + few-step=own'
+    settings = BenchmarkSettings.of(
+        trials=dict(methods=row), model=dict(model=str(checkpoint('sd1')))
+    )
+    with pytest.raises(UserError, match='--few-step own: no few_step.safetensors'):
+        benchmark('few-shot', 'digits', tmp_path / 'x', settings)
+    assert not (tmp_path / 'x').exists()
+
+
+def test_steps_of_a_row_come_before_the_epochs_of_the_command(pipe):
+    row = configuration('diff-ii + classifier-steps=50')
+    e = experiment(pipe, classifier=dict(epochs=100))
+
+    condition, *_ = conditions('few-shot', e.data, e.settings.trials)
+    found = classifier_settings(e, condition, row)
+
+    assert (found.steps, found.epochs) == (50, None)
 
 
 @pytest.mark.parametrize(

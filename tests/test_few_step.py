@@ -9,7 +9,7 @@ from diffii.base.consistency import boundary, consistency_step
 from diffii.base.files import UserError, save_tensors
 from diffii.base.pipeline import model_digest
 from diffii.base.seeds import generator
-from diffii.base.settings import SamplingSettings, Settings
+from diffii.base.settings import SamplingSettings, Settings, recommended_classifier
 from diffii.evaluation.tasks import few_step
 from diffii.method.concepts import LORA_TARGETS, Concepts, ConceptSettings, lora_config
 from diffii.method.denoising import two_stage_denoise, visited_steps
@@ -75,6 +75,7 @@ ADVICE = dict(
         (dict(expansion=3), ('own', 3)),
         (dict(method='diff-ii'), ('own', 20)),
         (dict(few_step='none'), (None, 5)),
+        (dict(few_step=''), (None, 5)),
         (dict(guidance_scale=3.0), (None, 5)),
         (dict(solver='dpm++', stride=3), (None, 5)),
         (dict(few_step='own', steps=50), ('own', 20)),
@@ -89,6 +90,40 @@ def test_recommended_weights_give_way_to_other_sampling(given, expected):
     assert SamplingSettings.of(ADVICE, 'bird', **given).expansion == given.get(
         'expansion', 5
     )
+
+
+def test_steps_that_a_model_recommends_are_those_of_its_inversion_too():
+    advice = dict(inversion=dict(forward_steps=14), sampling=dict(steps=10))
+
+    found = Settings.of(advice, 'bird')
+
+    assert (found.inversion.steps, found.inversion.forward_steps) == (10, 6)
+    assert advice['inversion'] == dict(forward_steps=14)
+
+
+BETTER = ADVICE | dict(classifier=dict(replacement_probability=0.7, flip=True, new=1))
+
+
+@pytest.mark.parametrize(
+    'sampling, expected',
+    [
+        (dict(few_step='own', expansion=20), dict(replacement_probability=0.7)),
+        (dict(few_step='own', expansion=30), dict(replacement_probability=0.7)),
+        (dict(few_step='own', expansion=5), {}),
+        (dict(few_step=None, expansion=20), {}),
+    ],
+)
+def test_a_classifier_is_recommended_with_the_images_it_is_for(sampling, expected):
+    "What the user alone knows, and what this version does not know, are left out."
+    assert recommended_classifier(BETTER, 'tree', sampling) == expected
+
+
+def test_exact_sampling_may_be_recommended_in_words():
+    advice = dict(sampling=dict(few_step='none'), classifier=dict(lr=0.05))
+
+    found = recommended_classifier(advice, 'bird', dict(few_step=None, expansion=5))
+
+    assert found == dict(lr=0.05)
 
 
 def test_the_weights_that_the_shipped_model_recommends_are_there():
@@ -339,6 +374,20 @@ def test_weights_of_another_model_are_refused(pipe, tmp_path):
 
     with pytest.raises(UserError, match='was trained on another model than'):
         open_few_step(pipe, str(file))
+
+
+def test_a_damaged_file_is_told_by_its_option(pipe, tmp_path):
+    (tmp_path / 'few.safetensors').write_bytes(b'no tensors')
+
+    with pytest.raises(UserError, match='--few-step .*few.safetensors: .*') as e:
+        open_few_step(pipe, str(tmp_path / 'few.safetensors'))
+    assert '--few-step none' in str(e.value)
+    assert 'delete' not in str(e.value)
+
+
+def test_a_folder_without_weights_is_told_by_its_option(pipe, tmp_path):
+    with pytest.raises(UserError, match='--few-step .*: no pytorch_lora_weights'):
+        open_few_step(pipe, str(tmp_path))
 
 
 # a run

@@ -10,6 +10,7 @@ from PIL import Image
 
 from diffii.base.files import UserError
 from diffii.base.images import (
+    check_classes,
     ImageSet,
     few_shot,
     halve,
@@ -189,6 +190,36 @@ def test_a_category_without_images_is_named(flowers):
 
     with pytest.raises(UserError, match='nothing: no readable image'):
         image_folder(flowers, skip_bad=True)
+
+
+def test_a_folder_of_folders_is_no_category(flowers):
+    "The remedy is another folder, not to remove one's test images."
+    (flowers / 'test' / 'rose').mkdir(parents=True)
+
+    with pytest.raises(
+        UserError, match='test: has folders and no images; give the'
+    ) as e:
+        image_folder(flowers)
+    assert str(e.value).endswith(f'as {flowers / "test"}')
+
+
+@pytest.mark.parametrize(
+    'classes, how',
+    [
+        (('a', 'b', 'c'), 'it lacks c'),
+        (('a',), 'it has b'),
+        (('a', 'x'), 'it lacks x and has b'),
+        (('b', 'a'), 'it has them in another order'),
+        (tuple('abcdefg'), 'it lacks c, d, e and 2 more'),
+    ],
+)
+def test_sets_of_other_categories_are_told_apart(classes, how):
+    found = ImageSet((), (), ('a', 'b'))
+    check_classes(found, ('a', 'b'), '--test')
+
+    text = f'--test: its categories differ from those of the training set: {how};'
+    with pytest.raises(UserError, match=text):
+        check_classes(found, classes, '--test')
 
 
 def test_a_folder_without_categories_is_refused(flowers):

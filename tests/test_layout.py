@@ -130,7 +130,7 @@ def test_a_record_of_something_else_gets_the_new_number_alone(tmp_path):
 
 def test_a_folder_of_version_0_1_is_refused(tmp_path):
     write_json(tmp_path / '.diffii' / 'run.json', dict(seed=0))
-    with pytest.raises(UserError, match='install diffii==0.1.0'):
+    with pytest.raises(UserError, match='a run of diffii 0.1.0.*; give another folder'):
         RunFolder(tmp_path).about()
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'VersionOption', 'SMALL_MODEL', 'FolderArgument', 'VerifyOption', 'FileArgument', 'ToOption', 'WholeOption',
-           'MemoryOption', 'TaskArgument', 'DatasetOption', 'BenchmarkOut', 'FromOption', 'top', 'main', 'augment',
-           'add', 'status', 'remake', 'demo', 'speed', 'show_rebuilt', 'benchmark']
+           'MemoryOption', 'TaskArgument', 'DatasetOption', 'BenchmarkOut', 'FromOption', 'BY_TASK', 'top', 'main',
+           'augment', 'add', 'status', 'remake', 'demo', 'speed', 'show_rebuilt', 'benchmark']
 
 # %% ../../nbs/app/cli.ipynb #81d381c6
 import sys
@@ -146,11 +146,19 @@ add(plan)
 def _check_augment(settings, given):
     "Raise `UserError` for settings that are missing or cannot be."
     from diffii.base.files import require
+    from diffii.base.methods import METHODS
     from diffii.base.processes import check_tracker
     from diffii.base.prompts import prefix
 
     check_images(given)
-    require(settings.run.out, '--out: give an output folder')
+    method, out = settings.sampling.method, settings.run.out
+    text = f'--method {method}: makes no images; it is a row of diffii benchmark'
+    require(METHODS[method].start != 'nothing', text)
+    require(out, '--out: give an output folder')
+    images = Path(settings.images.folder)
+    inside = images.is_dir() and Path(out).resolve().is_relative_to(images.resolve())
+    hint = 'where it would be read as a category; give one beside it'
+    require(not inside, f'--out {out}: lies in the folder of the images, {hint}')
     prefix(settings.images.metaclass)
     check_tracker(settings.run.tracker)
 
@@ -164,6 +172,7 @@ SMALL_MODEL = (
 
 def _augment(settings, given):
     "Read images, choose contexts, load the model, make the synthetic images."
+    from diffii.base.checkpoints import check_checkpoint
     from diffii.base.pipeline import load_pipeline
     from diffii.base.processes import processes
     from diffii.evaluation.gallery import write_review
@@ -177,6 +186,7 @@ def _augment(settings, given):
     begun = holds_run(run.out, f'{STATE}/run.json')
     say, progress = voice(run.log)
     images = read_images(settings.images, run.seed)
+    check_checkpoint(settings.model)
     with tentative(state / 'suffixes.json', state / 'run.json'):
         suffixes, source = run_suffixes(settings, images, Path(run.out), progress)
         kinds = f'{len(images.classes)} categories ({images.metaclass})'
@@ -341,9 +351,19 @@ def show_rebuilt(folder):
     for out in rebuild(folder):
         print(f'{out}:', *summary_lines(out), '', sep='\n')
 
+# %% ../../nbs/app/cli.ipynb #4de1b7c9
+# defaults that depend on task, data set or row
+BY_TASK = {
+    '--with-words': 'in the row diffii, and where a row says + words',
+    '--balanced': 'on in long-tail, else off',
+    '--category': 'inverse in long-tail, else own',
+    '--classifier-size': '32 for what ships, else 224',
+    '--replacement': '0.5; in the row diffii what the model recommends',
+}
+
 
 @app.command()
-@takes(group_kinds(BenchmarkSettings))
+@takes(group_kinds(BenchmarkSettings), usual=BY_TASK)
 def benchmark(
     given: dict,
     task: Annotated[Optional[str], TaskArgument] = None,

@@ -15,6 +15,7 @@ from fastcore.basics import patch
 from .augmentation import augment_batch
 from .backbones import square
 from .files import require
+from .images import check_classes
 from .seeds import seed_of, seeded
 
 # %% ../../nbs/base/batches.ipynb #fc34db25
@@ -161,8 +162,7 @@ class Views:
 
     def check(self, images, name: str):
         "Raise `UserError` for an empty set, and for one of other categories."
-        same = tuple(images.classes) == tuple(self.classes)
-        require(same, f'{name}: its categories differ from those of the training set')
+        check_classes(images, self.classes, name)
         require(len(images), f'{name}: no images')
 
     def pixels(self, images, name: str) -> Pixels:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TINY', 'KINDS', 'EDITOR', 'NO_CHECKER', 'COMPUTES', 'NETWORKS', 'folder_of', 'best_precision', 'precision',
-           'set_arithmetic', 'read_checkpoint']
+           'set_arithmetic', 'check_checkpoint', 'read_checkpoint']
 
 # %% ../../nbs/base/checkpoints.ipynb #09b3b910
 import math
@@ -62,6 +62,9 @@ def _unreadable(settings, folder, e):  # -> `UserError`
     if there and all(len(x) == 2 and x[0] != settings.variant for x in endings):
         only = f'has weights of the variant {there} only; give --variant {there}'
         return UserError(f'--model {settings.model}: {only}')
+    if Path(settings.model).is_file():
+        how = "load it with diffusers' from_single_file, and give what save_pretrained writes"
+        return UserError(f'--model {settings.model}: a single file; {how}')
     why = (str(e).strip().splitlines() or [type(e).__name__])[0]
     return UserError(
         f"--model {settings.model}: neither a folder in diffusers' layout nor a model "
@@ -196,6 +199,23 @@ def set_arithmetic(settings, device):
         torch.backends.cudnn.allow_tf32 = settings.tf32
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.deterministic = True
+
+# %% ../../nbs/base/checkpoints.ipynb #2b9cf7a1
+def check_checkpoint(settings: ModelSettings):
+    "Raise `UserError` for a model or a device that is not there; nothing is loaded."
+    import diffusers
+    import torch
+
+    precision(settings)
+    try:
+        torch.empty(0, device=settings.device or processes().device)
+    except (RuntimeError, AssertionError) as e:
+        raise _unusable(settings, e) from e
+    folder = folder_of(settings.model)
+    try:
+        diffusers.DiffusionPipeline.load_config(folder)
+    except Exception as e:
+        raise _unreadable(settings, folder, e) from e
 
 # %% ../../nbs/base/checkpoints.ipynb #bd45766f
 def _move(pipe, settings):

@@ -6,8 +6,7 @@
 __all__ = ['PROTOCOL', 'Experiment', 'cell_settings', 'classifier_settings', 'given_classifier', 'paper_classifier', 'learned_as',
            'trial_concepts', 'trial_pool', 'trial_suffixes', 'make_synthetic', 'oracle', 'measure', 'distances',
            'check_clip', 'clip_weights', 'classifier_seed', 'train_one', 'mean_scores', 'run_cell', 'check',
-           'about_run', 'recommended_here', 'benchmark', 'missing_cells', 'is_done', 'run_cells',
-           'draw_strength_strips']
+           'about_run', 'about_model', 'benchmark', 'missing_cells', 'is_done', 'run_cells', 'draw_strength_strips']
 
 # %% ../../nbs/evaluation/experiments.ipynb #a359a737
 import warnings
@@ -19,12 +18,13 @@ from pathlib import Path
 import numpy as np
 
 from ..base.files import folder_name, require, save_png
+from ..base.images import check_classes
 from ..base.pictures import grid
 from ..base.records import read_record, write_record
 from ..base.seeds import seed_of
-from ..base.settings import BenchmarkSettings, ClassifierSettings, ConceptSettings
-from ..base.settings import InversionSettings, SamplingSettings, Settings
-from ..base.settings import recommended, recommended_classifier
+from ..base.settings import NO_FEW_STEP, BenchmarkSettings, ClassifierSettings
+from ..base.settings import Settings
+from ..base.settings import over, recommendations, recommended_classifier
 from ..data.sets import DataSet
 from .tables import RUN_AGAIN, Cell, write_tables
 from .tasks import PAPER_CONCEPTS, SHIPPED, Condition, Configuration
@@ -115,30 +115,23 @@ def classifier_settings(
     experiment: Experiment, condition: Condition, configuration: Configuration
 ) -> ClassifierSettings:
     "The settings of the classifier of a configuration."
-    e = experiment
-    short = dict(steps=20, epochs=None) if e.quick else {}
-    usual = {**condition.classifier, **e.classifier}
+    e, found = experiment, condition.classifier
     if configuration.recipe:
         sampling = asdict(cell_settings(e, condition, configuration, 0).sampling)
         kind = e.data.pool.metaclass
-        by_model = recommended_classifier(e.pipe, kind, sampling)
-        usual = {**condition.classifier, **by_model, **e.classifier}
-    given = {**usual, **configuration.classifier, **short}
-    common = dict(flip=e.data.flip, device=e.device)
-    return ClassifierSettings(**common, **given)
+        found = over(found, recommended_classifier(e.pipe, kind, sampling))
+    short = dict(steps=20) if e.quick else {}
+    for given in (e.classifier, configuration.classifier, short):
+        found = over(found, given)
+    return ClassifierSettings(flip=e.data.flip, device=e.device, **found)
 
 # %% ../../nbs/evaluation/experiments.ipynb #1a4fb825
 def given_classifier(dataset: str, settings: BenchmarkSettings) -> dict:
     "What is given, then the preset's, then 32 pixels for what ships and 224 for others."
-    given = settings.classifier
-    found = {}
+    usual = dict(size=32 if dataset in SHIPPED else 224)
     if settings.trials.preset:
-        found = paper_classifier(settings.trials.preset, dataset)
-    if 'size' in given:
-        found.pop('resize', None)
-    if 'steps' in given:
-        found.pop('epochs', None)
-    return dict(size=32 if dataset in SHIPPED else 224) | found | given
+        usual |= paper_classifier(settings.trials.preset, dataset)
+    return over(usual, settings.classifier)
 
 
 def paper_classifier(preset: str, dataset: str) -> dict:  # of `ClassifierSettings`
@@ -447,7 +440,6 @@ def run_cell(e: Experiment, condition, configuration, trial: int) -> dict:
 # %% ../../nbs/evaluation/experiments.ipynb #db75126d
 def check(e: Experiment, grid_: list):
     "Raise `UserError` for what cannot be run of a grid of conditions."
-    from diffii.base.backbones import build_model
     from diffii.base.embeddings import clip_model
 
     for condition in grid_:
@@ -457,16 +449,21 @@ def check(e: Experiment, grid_: list):
             continue
         text = f'{condition.name}: no images are left for testing'
         require(len(test), f'{text}; ask for fewer or give --test')
-        same = tuple(test.classes) == tuple(train.classes)
-        require(same, '--test: its categories differ from those of the training set')
-        for configuration in condition.configurations:
-            classifier_settings(e, condition, configuration)
-        network = ClassifierSettings(**e.classifier)
-        about = len(train.classes), network.size, network.pretrained
-        build_model(network.arch, *about)
+        check_classes(test, train.classes, '--test')
+        _check_networks(e, condition, len(train.classes))
     if e.settings.trials.clip:
         clip = check_clip(e.settings.trials.clip)
         clip_model(**clip_weights(clip), device=e.device)
+
+
+def _check_networks(e, condition, n_classes):
+    "Raise `UserError` where a configuration's classifier cannot be built."
+    from diffii.base.backbones import build_model
+
+    rows = condition.configurations
+    found = [classifier_settings(e, condition, row) for row in rows]
+    for network in {(s.arch, n_classes, s.size, s.pretrained) for s in found}:
+        build_model(*network)
 
 
 def _check_images(e, condition, train):
@@ -474,12 +471,15 @@ def _check_images(e, condition, train):
     from diffii.base.methods import METHODS
     from diffii.method.concepts import check_learning
     from diffii.method.editing import check_model
+    from diffii.method.few_step import open_few_step
 
     for configuration in condition.configurations:
         if configuration.sampling is None:
             continue
         settings = cell_settings(e, condition, configuration, 0)
         check_model(e.pipe, settings.sampling.method)
+        if settings.sampling.few_step:
+            open_few_step(e.pipe, settings.sampling.few_step)
         if METHODS[settings.sampling.method].learn != 'none':
             check_learning(e.pipe, train, settings.concepts)
 
@@ -491,9 +491,7 @@ PROTOCOL = 2
 
 def about_run(e: Experiment, dataset: str) -> dict:
     "What decides the numbers of an experiment, as it can stand in JSON."
-    from diffii.base.pipeline import model_digest
     from diffii.data.paper_sets import DATASETS
-    from diffii.method.few_step import open_few_step
 
     s = e.settings
     data = asdict(s.data)
@@ -506,29 +504,35 @@ def about_run(e: Experiment, dataset: str) -> dict:
     trials = {
         name: getattr(s.trials, name) for name in ('seed', 'preset', 'clip', 'quick')
     }
-    model = s.model.deciding()
-    model = {k: v for k, v in model.items() if k not in ('device', 'compile')}
-    if s.model.dtype == 'auto':
-        model['dtype'] = e.pipe.dtype_name
-    if s.model.model == 'tiny':
-        which = dict(version=e.pipe.recommended.get('version', 1))
-    else:
-        which = dict(model_digest=model_digest(e.pipe))
-    which |= dict(recommended=recommended_here(e))
-    if e.task == 'few-step' or which['recommended']['sampling'].get('few_step'):
-        which |= dict(few_step=open_few_step(e.pipe, 'own').digest())
     about = dict(task=e.task, dataset=dataset, data=data, trials=trials)
     about |= dict(protocol=PROTOCOL)
     given = dict(concepts=s.concepts, classifier=e.classifier)
-    return about | dict(model=model) | given | which
+    return about | given | about_model(e, 'own' if e.task == 'few-step' else None)
 
 
-def recommended_here(e: Experiment) -> dict:
-    "What the model recommends for the categories of this data set."
-    groups = ConceptSettings, InversionSettings, SamplingSettings, ClassifierSettings
-    kind = e.data.pool.metaclass
-    found = {group.stage: recommended(group, e.pipe, kind) for group in groups}
-    return {stage: settings for stage, settings in found.items() if settings}
+def about_model(
+    e: Experiment,
+    few_step: str | None = None,  # weights of its task; by default what is recommended
+) -> dict:
+    "The model in force and what it recommends here, as it can stand in JSON."
+    from diffii.base.pipeline import model_digest
+    from diffii.method.few_step import open_few_step
+
+    settings, pipe = e.settings.model, e.pipe
+    model = settings.deciding()
+    model = {k: v for k, v in model.items() if k not in ('device', 'compile')}
+    if settings.dtype == 'auto':
+        model['dtype'] = pipe.dtype_name
+    advice = recommendations(pipe, e.data.pool.metaclass)
+    about = dict(model=model, recommended=advice)
+    if settings.model == 'tiny':
+        about['version'] = pipe.recommended.get('version', 1)
+    else:
+        about['model_digest'] = model_digest(pipe)
+    few_step = few_step or advice.get('sampling', {}).get('few_step')
+    if few_step and few_step not in NO_FEW_STEP:
+        about['few_step'] = open_few_step(pipe, few_step).digest()
+    return about
 
 # %% ../../nbs/evaluation/experiments.ipynb #96ecd0fa
 def benchmark(

@@ -57,7 +57,8 @@ def configuration(name: str) -> Configuration:
     has the model's; or CE, CMO, CMO+DRW, methods of training. One of `ORDINARY` is added
     to any of these, as 'diff-ii + trivial-augment', or stands alone; one of `ADDED` to an
     augmenter, as 'random-noise + suffix'; and any setting of images or classifier, as
-    'diffii + expansion=10'."""
+    'diffii + expansion=10'. A setting with which a recommendation gives way does so here
+    too: with fewer images than a model recommends, its classifier is the usual one."""
     from diffii.evaluation.long_tail import LONG_TAIL
 
     first, _, last = name.rpartition(' + ')
@@ -272,8 +273,9 @@ class Condition:
     name: str  # as 5-shot
     sample: Callable  # trial -> (training set, test set)
     configurations: list
-    # the paper's settings for it, which all rows but `RECIPE` have
+    # the paper's sampling for it, which all rows but `RECIPE` have
     sampling: dict = field(default_factory=dict)
+    # what comes with its samples, for all rows alike, as even sampling on long tails
     concepts: dict = field(default_factory=dict)
     classifier: dict = field(default_factory=dict)
     table: tuple | None = None  # (published table, column)

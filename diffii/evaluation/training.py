@@ -22,12 +22,12 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..base.files import UserError, remove_unfinished, require, write_json
-from ..base.images import ImageSet
+from ..base.images import ImageSet, check_classes
 from ..base.processes import reporter
 from ..base.records import RESTORE, read_record, write_record
 from ..base.seeds import seed_of
 from ..base.settings import ClassifierSettings, ComparisonSettings, TrainSettings
-from ..base.settings import model_notes, recommended_classifier
+from ..base.settings import model_notes, over, recommended_classifier, specs
 from .classifier_files import NOTES, Notes, copy_classifier
 from .classifier_files import save_classifier
 from .statistics import verdict_of
@@ -129,15 +129,13 @@ def jobs(self: TrainingComparison) -> list:  # of (kind, seed, fold)
 def check_comparison(c: TrainingComparison):
     "Raise `UserError` for what cannot be compared."
     classes, about = tuple(c.images.classes), f'--synthetic {c.synthetic.folder}'
-    same = tuple(c.synthetic.classes) == classes
-    require(same, f'{about}: its categories differ from those of IMAGES')
+    check_classes(c.synthetic, classes, about, of='IMAGES')
     require(len(classes) > 1, 'IMAGES: one category; a classifier needs two or more')
     require(len(c.synthetic), f'{about}: no images; make some with diffii augment')
     if c.test is None:
         _check_held_out(c)
     else:
-        same = tuple(c.test.classes) == classes
-        require(same, '--test: its categories differ from those of IMAGES')
+        check_classes(c.test, classes, '--test', of='IMAGES')
         _check_unseen(c)
 
 
@@ -552,7 +550,8 @@ def compare_training(
     going_on = holds_run(out, COMPARISON)
     before = run_record(out, COMPARISON).get('classifier') if going_on else None
     given = dict(flip=settings.images.flip, device=about.device)
-    given |= recommended_with(synthetic) | settings.classifier
+    advice = recommended_with(synthetic)
+    given |= over(advice, settings.classifier)
     classifier, line = suited_classifier(images, given, before)
     c = TrainingComparison(images, synthetic, test, about, classifier, progress)
     check_comparison(c)
@@ -560,11 +559,20 @@ def compare_training(
     with hold_folder(out):
         train_missing(c)
         results = summarise_comparison(c)
-        results['notes'] = [n for n in (line, *_notes(c)) if n]
+        advised = _advised(advice, settings.classifier)
+        results['notes'] = [n for n in (line, advised, *_notes(c)) if n]
         write_json(out / 'results.json', results)
         write_training_report(out / 'report.html', results, c.tested)
         keep_better(c, results['kept'])
     return results
+
+# %% ../../nbs/evaluation/training.ipynb #95c07ae3
+def _advised(advice, given):
+    "Which settings are the model's, in words."
+    options = {spec.name: spec.option for spec in specs(ClassifierSettings)}
+    taken = {k: v for k, v in advice.items() if k not in given}
+    text = ', '.join(f'{options[name]} {value}' for name, value in taken.items())
+    return f'{text}: as the model recommends with these images' if text else ''
 
 
 def _notes(c):

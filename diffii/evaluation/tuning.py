@@ -26,7 +26,7 @@ from ..base.settings import ImageSettings, ModelSettings, SamplingSettings
 from ..base.settings import TuneSettings, config_text
 from ..data.sets import DataSet
 from .experiments import Experiment, check, classifier_settings
-from .experiments import make_synthetic
+from .experiments import about_model, make_synthetic
 from .statistics import verdict_of
 from .tasks import Condition, Configuration
 from .training import fold_interval, fold_numbers
@@ -365,12 +365,10 @@ def tune(
 # %% ../../nbs/evaluation/tuning.ipynb #f0f0fba6
 def _about(t):
     "What decides the numbers, as it can stand in JSON."
-    from diffii.base.pipeline import model_digest
-
     s = t.settings
     return dict(
+        about_model(t.experiment, s.sampling.get('few_step', 'none')),
         images={name: t.images.digest(i) for i, name in enumerate(t.images.names)},
-        base=model_digest(t.experiment.pipe),
         suffixes=t.experiment.data.suffixes,
         flip=s.images.flip,
         folds=t.folds.tolist(),

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from ..base.backbones import body_and_head, build_model
 from ..base.batches import Pixels, Views, one_hot
 from ..base.files import require
+from ..base.images import check_classes
 from ..base.processes import processes, step_reporter
 from ..base.seeds import seed_device, seed_of, seeded
 from ..base.settings import ClassifierSettings
@@ -422,8 +423,7 @@ def train_classifier(
     ps = processes()
     require(len(train), 'training set: no images')
     if test is not None:
-        same = tuple(test.classes) == tuple(train.classes)
-        require(same, 'test set: its categories differ from those of the training set')
+        check_classes(test, train.classes, 'test set')
     settings = _resolved(settings, len(train))
     with seeded(seed_of(seed, 'classifier'), settings.device):
         model, views = _network(train.classes, settings, seed)

@@ -101,34 +101,37 @@ def open_few_step(
     place: str,  # a file, a folder, a name on the hub, or 'own'
 ) -> FewStep:
     "Read few-step weights. Raises `UserError` where they cannot be read or do not fit."
+    hint = f'give few-step weights for {pipe.model}, or --few-step none'
     file = _file_of(pipe, place)
-    _check_base(pipe, file, place)
     try:
+        _check_base(pipe, file)
         return FewStep(place, read_lora(pipe, file))
     except UserError as e:
-        hint = f'give few-step weights for {pipe.model}, or leave --few-step out'
-        raise UserError(f'--few-step {place}: {e}; {hint}') from e
+        raise UserError(f'--few-step {place}: {e.fault}; {hint}') from e
 
 
-def _check_base(pipe, file, place):
+def _check_base(pipe, file):
     "Weights that say which model they were trained on are for that one alone."
     if Path(file).suffix != '.safetensors':
         return
     base = load_tensors(file)[1].get('base')
-    text = f'--few-step {place}: was trained on another model than {pipe.model}'
-    hint = 'give weights for this one, or leave --few-step out'
-    require(base is None or same_model(base, model_digest(pipe)), f'{text}; {hint}')
+    fits = base is None or same_model(base, model_digest(pipe))
+    require(fits, f'was trained on another model than {pipe.model}')
 
 # %% ../../nbs/method/few_step.ipynb #5533a1ef
 def _file_of(pipe, place):
     "The file of few-step weights, fetched where it is not here."
     if place == 'own':
         file = Path(folder_of(pipe.model)) / OWN
-        text = f'--few-step own: no {OWN} beside {pipe.model}; give a file or a name'
-        require(file.is_file(), f'{text}, as latent-consistency/lcm-lora-sdv1-5')
+        text = f'--few-step own: no {OWN} beside {pipe.model}; give a file, a name, as'
+        hint = 'latent-consistency/lcm-lora-sdv1-5, or --few-step none'
+        require(file.is_file(), f'{text} {hint}')
         return file
     if Path(place).is_dir():
-        return Path(place) / LORA_FILE
+        file = Path(place) / LORA_FILE
+        text = f'--few-step {place}: no {LORA_FILE} in it'
+        require(file.is_file(), f'{text}; give a folder that has one, or the file')
+        return file
     return Path(place) if Path(place).is_file() else _fetched(place)
 
 

@@ -178,9 +178,9 @@ class ClusterSummariser:
     def summarise(self, captions, metaclass, max_suffixes=10, seed=0) -> list:
         "At most `max_suffixes` suffixes, those of the largest clusters first."
         counts = Counter(filter(None, (setting_of(c, metaclass) for c in captions)))
-        text = f'{len(captions)} captions of {metaclass!r} show {len(counts)} settings'
+        text = f'{len(captions)} captions of {metaclass!r} show fewer than two settings'
         remedy = 'give suffixes in a file, or another captioner'
-        require(len(counts) >= 2, f'{text}, 2 are needed; {remedy}')
+        require(len(counts) >= 2, f'{text}; {remedy}')
         texts = sorted(counts)
         weights = np.array([counts[t] for t in texts], float)
         clusters, near = _clusters(texts, weights, max_suffixes, seed)

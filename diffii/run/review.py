@@ -172,7 +172,8 @@ def _row_of(folder, file_name):
     "The row of an image."
     rows = (r for r in iter_rows(folder.metadata) if r['file_name'] == file_name)
     row = next(rows, None)
-    require(row, f'{file_name}: no such image in {folder.metadata}')
+    names = f'{folder.metadata}, which has names as train/oak/00000.png'
+    require(row, f'{file_name}: no such image in {names}')
     return row
 
 

@@ -137,9 +137,11 @@ def load_synthetic(
     """Read what `synthesize` wrote. Raises `UserError` for an image that is listed and
     missing; warns where planned images are not made yet."""
     folder = RunFolder(path)
+    require(Path(path).is_dir(), f'{path}: no such folder of synthetic images')
     again = 'run the command that made it again'
     finished = folder.metadata.is_file() and folder.record.is_file()
-    require(finished, f'{path}: not a finished folder of synthetic images; {again}')
+    hint = f'give one that diffii augment wrote, or {again}'
+    require(finished, f'{path}: not a finished folder of synthetic images; {hint}')
     about, gone = folder.about(), folder.dropped_names()
     classes = tuple(about['classes'])
     rows = Rows(r for r in iter_rows(folder.metadata) if r['file_name'] not in gone)

@@ -17,7 +17,8 @@ from ..base.files import UserError, require, write_json
 from ..base.pages import picture_data, write_page
 from ..base.processes import Progress, processes
 from ..base.records import read_record, write_record
-from ..base.settings import ClassifierSettings, Settings, recommended_classifier
+from ..base.settings import ClassifierSettings, Settings, recommendations
+from ..base.settings import recommended_classifier
 from ..evaluation.workers import alone, helpers, shared, spare_workers
 from ..evaluation.workers import while_parent_lives
 from ..run.folders import RunFolder, claim
@@ -284,7 +285,8 @@ def demo(
     about = dict(data=data, shots=shots, quick=quick, seed=seed, model=model)
     about |= dict(few_step=True) if few_step else {}
     opened = open_demo(out, about, trials, progress)
-    claim(out, about, '.demo.json')
+    advice = recommendations(opened.pipe, opened.images.pool.metaclass)
+    claim(out, about | dict(recommended=advice), '.demo.json')
 
     _do_all(opened)
     results = {**about, **summary(opened)}
