@@ -125,6 +125,15 @@ def finished(run, tmp_path_factory):
     return out, run(sys.executable, '-m', 'diffii', *short, timeout=900)
 
 
+def test_a_demo_of_other_recommendations_is_not_gone_on_with(finished, monkeypatch):
+    "Its images would be of two kinds."
+    advice = dict(sampling=dict(expansion=20))
+    monkeypatch.setattr('diffii.start.demo.recommendations', lambda *about: advice)
+
+    with pytest.raises(UserError, match='holds a run with other settings'):
+        demo(finished[0], quick=True, shots=2, trials=2)
+
+
 @pytest.fixture
 def results(finished):
     return json.loads((finished[0] / 'results.json').read_text())

@@ -78,13 +78,15 @@ def test_what_the_images_model_recommends_comes_before_the_default(
     monkeypatch.setattr(training, 'model_notes', lambda model: notes)
     out = tmp_path / 'out'
 
-    compare_training(
+    results = compare_training(
         images, synthetic, unseen, settings_for(out, seeds=1, batch_size=2)
     )
 
     record = json.loads((out / 'comparison.json').read_text())
     assert record['classifier']['replacement_probability'] == 0.7
     assert record['classifier']['batch_size'] == 2
+    said = '--replacement 0.7: as the model recommends with these images'
+    assert said in results['notes']
 
 
 @pytest.mark.parametrize(
