@@ -43,7 +43,7 @@ def test_the_table_of_a_finished_experiment_follows_from_its_cells(folder):
 
 
 def test_measures_of_older_results_have_the_names_of_today():
-    folder = RESULTS / 'few-shot-digits'
+    folder = RESULTS / 'expansion-digits'
     kept = [line['faithfulness'] for line in read_json(folder / 'table.json')]
 
     record, cells, table = finished(folder)
@@ -58,13 +58,13 @@ def test_measures_of_older_results_have_the_names_of_today():
 
 
 def test_results_of_version_0_1_are_shown_but_not_gone_on_with(tmp_path):
-    old = RESULTS / 'few-shot-digits' / 'experiment.json'
+    old = RESULTS / 'expansion-digits' / 'experiment.json'
     out = tmp_path / 'x'
     out.mkdir()
     (out / 'experiment.json').write_bytes(old.read_bytes())
-    settings = BenchmarkSettings.of(trials=dict(shots=3, trials=1, methods='original'))
+    settings = BenchmarkSettings.of(trials=dict(shots=3, trials=1))
     with pytest.raises(UserError, match='a run of diffii 0.1.0.*another folder'):
-        benchmark('few-shot', 'digits', out, settings)
+        benchmark('expansion', 'digits', out, settings)
     assert [p.name for p in out.iterdir()] == ['experiment.json']
 
 
