@@ -20,7 +20,7 @@ from diffii.evaluation.experiments import (
     learned_as,
     trial_suffixes,
 )
-from diffii.evaluation.tasks import conditions, configuration
+from diffii.evaluation.tasks import conditions, configuration, configurations
 from diffii.method.classifier import TrainingStream
 from diffii.method.concepts import Concepts
 
@@ -256,3 +256,15 @@ def test_words_stand_in_the_recipe_and_where_they_are_asked_for(tmp_path):
         'diffii': 'tokens+lora+words',
         'da-fusion': 'tokens',
     }
+
+
+def test_a_setting_of_several_numbers_keeps_its_commas():
+    methods = 'original,diff-ii + guided=0,0.6 + expansion=2,diffii + strengths=0.5,0.7'
+    trials = TrialSettings(methods=methods)
+
+    first, second, third = configurations('few-shot', trials)
+
+    assert first.name == 'original'
+    assert second.name == 'diff-ii + guided=0,0.6 + expansion=2'
+    assert second.sampling['guided'] == (0.0, 0.6)
+    assert third.sampling['strengths'] == (0.5, 0.7)

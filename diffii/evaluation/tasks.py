@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['RECIPE', 'PLAIN', 'ORDINARY', 'ADDED', 'ROW_GROUPS', 'FEW_SHOT', 'LONG_TAILED', 'SWEEPS', 'WHOLE', 'REMEDIES',
            'EXACT', 'PAPER_SPLIT', 'PAPER', 'PAPER_CONCEPTS', 'TASKS', 'OPTIONS', 'SHIPPED', 'Configuration',
-           'configuration', 'sweep', 'ablated', 'ablation', 'remedied', 'remedies', 'fast', 'few_step', 'Condition',
-           'paper_sampling', 'published_contexts', 'few_shot_condition', 'long_tail_condition', 'shifted_condition',
-           'conditions', 'configurations', 'open_data_set', 'folder_data', 'paper_data']
+           'configuration', 'row_names', 'sweep', 'ablated', 'ablation', 'remedied', 'remedies', 'fast', 'few_step',
+           'Condition', 'paper_sampling', 'published_contexts', 'few_shot_condition', 'long_tail_condition',
+           'shifted_condition', 'conditions', 'configurations', 'open_data_set', 'folder_data', 'paper_data']
 
 # %% ../../nbs/evaluation/tasks.ipynb #c3a3bf9e
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -139,6 +140,17 @@ def _with_setting(plain, name, last):
     require(plain.sampling is not None, f'--methods {name}: makes no images')
     changed = getattr(plain, group) | {spec.name: value}
     return replace(plain, name=name, images='', **{group: changed})
+
+
+def row_names(parts) -> list:
+    "Names of rows from what stood between commas: guided=0,0.6 is one setting."
+    number, found = re.compile(r'\d[\d.e-]*( \+ .*)?'), []
+    for part in parts:
+        if found and '=' in found[-1] and number.fullmatch(part):
+            found[-1] += f',{part}'
+        else:
+            found.append(part)
+    return found
 
 # %% ../../nbs/evaluation/tasks.ipynb #f2050b15
 FEW_SHOT = (
@@ -405,7 +417,7 @@ def configurations(task: str, trials: TrialSettings) -> list:
     if task == 'few-step':
         return few_step(trials.values)
     usual = LONG_TAILED if task == 'long-tail' else FEW_SHOT
-    return [configuration(name) for name in trials.methods or usual]
+    return [configuration(name) for name in row_names(trials.methods) or usual]
 
 # %% ../../nbs/evaluation/tasks.ipynb #bf85697a
 SHIPPED = ('digits', 'aviary')
