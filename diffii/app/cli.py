@@ -151,16 +151,23 @@ def _check_augment(settings, given):
     from diffii.base.prompts import prefix
 
     check_images(given)
-    method, out = settings.sampling.method, settings.run.out
+    method = settings.sampling.method
     text = f'--method {method}: makes no images; it is a row of diffii benchmark'
     require(METHODS[method].start != 'nothing', text)
-    require(out, '--out: give an output folder')
-    images = Path(settings.images.folder)
-    inside = images.is_dir() and Path(out).resolve().is_relative_to(images.resolve())
-    hint = 'where it would be read as a category; give one beside it'
-    require(not inside, f'--out {out}: lies in the folder of the images, {hint}')
+    require(settings.run.out, '--out: give an output folder')
+    _require_outside(settings.run.out, settings.images.folder)
     prefix(settings.images.metaclass)
     check_tracker(settings.run.tracker)
+
+
+def _require_outside(out, images):
+    "Raise `UserError` for an output folder that would be read as a category."
+    from diffii.base.files import require
+
+    images = Path(images)
+    inside = images.is_dir() and Path(out).resolve().is_relative_to(images.resolve())
+    text = f'--out {out}: lies in the folder of the images, as a category would'
+    require(not inside, f'{text}; give a folder beside it')
 
 # %% ../../nbs/app/cli.ipynb #dbc213f8
 SMALL_MODEL = (

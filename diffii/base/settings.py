@@ -425,11 +425,8 @@ class InversionSettings(Group):
     @classmethod
     def suited(cls, usual: dict, given: dict) -> dict:
         "Recommended forward steps are of the default steps, and keep their share."
-        usual, steps, forward = (
-            dict(usual),
-            given.get('steps'),
-            given.get('forward_steps'),
-        )
+        usual = dict(usual)
+        steps, forward = given.get('steps'), given.get('forward_steps')
         if steps and usual.get('forward_steps'):
             share = usual['forward_steps'] * steps / cls.steps
             usual['forward_steps'] = min(steps - 1, math.ceil(share))
