@@ -188,7 +188,7 @@ def test_a_setting_is_what_stands_behind_the_metaclass(caption, setting):
 
 
 @pytest.mark.parametrize(
-    'captions, said', [(['a bird'] * 5, '0 settings'), ([], '0 captions')]
+    'captions, said', [(['a bird'] * 5, 'fewer than two settings'), ([], '0 captions')]
 )
 def test_captions_without_settings_are_refused(captions, said):
     with pytest.raises(UserError, match=said):
