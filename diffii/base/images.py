@@ -143,16 +143,16 @@ def check_classes(
     of: str = 'the training set',  # whose categories those are
 ):
     "Raise `UserError` for a set of other categories, naming those that differ."
-    lacks = [c for c in classes if c not in s.classes]
-    more = [c for c in s.classes if c not in classes]
-    parts = [f'lacks {_some(lacks)}'] * bool(lacks) + [f'has {_some(more)}'] * bool(
-        more
+    if tuple(s.classes) == tuple(classes):
+        return
+    differ = dict(
+        lacks=[c for c in classes if c not in s.classes],
+        has=[c for c in s.classes if c not in classes],
     )
+    parts = [f'{verb} {_some(names)}' for verb, names in differ.items() if names]
     how = ' and '.join(parts) or 'has them in another order'
     text = f'{name}: its categories differ from those of {of}: it {how}'
-    require(
-        tuple(s.classes) == tuple(classes), f'{text}; give both the same sub-folders'
-    )
+    raise UserError(f'{text}; give both the same sub-folders')
 
 
 def _some(names, most=3):

@@ -110,6 +110,11 @@ class Tuning:
         about = self.settings.tuning
         return [about.seed + i for i in range(about.seeds)]
 
+    @property
+    def sampling(self) -> dict:
+        "What is given; weights that a model recommends for Diff-II alone are no fair start."
+        return {'few_step': 'none', **self.settings.sampling}
+
     def divided(self, fold: int) -> tuple:  # (training set, held-out part)
         held = self.folds == fold
         parts = (np.flatnonzero(rows).tolist() for rows in (~held, held))
@@ -125,8 +130,7 @@ class Tuning:
         sampling = dict(method=choice.method, noise_share=choice.noise_share)
         if METHODS[choice.method].two_stage:
             sampling['split_ratio'] = choice.split_ratio
-        # what a model recommends for Diff-II alone would be no fair start
-        sampling = {'few_step': 'none', **self.settings.sampling, **sampling}
+        sampling = {**self.sampling, **sampling}
         classifier = dict(replacement_probability=choice.replacement)
         about = dict(classifier=classifier, images=choice.images)
         return Configuration(choice.name, sampling, words=True, **about)
@@ -367,7 +371,7 @@ def _about(t):
     "What decides the numbers, as it can stand in JSON."
     s = t.settings
     return dict(
-        about_model(t.experiment, s.sampling.get('few_step', 'none')),
+        about_model(t.experiment, t.sampling['few_step']),
         images={name: t.images.digest(i) for i, name in enumerate(t.images.names)},
         suffixes=t.experiment.data.suffixes,
         flip=s.images.flip,

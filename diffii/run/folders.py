@@ -150,7 +150,7 @@ def run_record(
     require(
         found.get('format') == FORMAT,
         f'{out}: holds a run of diffii {writer}, which this version cannot go on with; '
-        f'give another folder; its images can be used as they are',
+        'give another folder; its images can be used as they are',
     )
     return read_record(file, shape, LOST)
 
