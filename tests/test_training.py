@@ -1,7 +1,9 @@
 "Classifiers with and without synthetic images: what is compared, refused, kept."
 
 import json
+import shutil
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from diffii.base.files import UserError
 from diffii.base.images import ImageSet, image_folder
 from diffii.base.pages import figure_data
 from diffii.base.pipeline import load_pipeline
+from diffii.base.records import write_record
 from diffii.base.settings import Settings, TrainSettings
 from diffii.evaluation import training
 from diffii.evaluation.classifier_files import load_classifier
@@ -28,7 +31,8 @@ from diffii.evaluation.training import (
     suited_classifier,
     without_sources,
 )
-from diffii.run.runs import synthesize
+from diffii.run.folders import RunFolder
+from diffii.run.runs import load_synthetic, synthesize
 
 CLASSES = ('<b>bold</b>', 'œillet (red:1.2)')
 COUNTS = (3, 4)
@@ -70,13 +74,24 @@ def settings_for(out, seeds=2, folds=2, **classifier):
     return TrainSettings.of(comparison=about, classifier=classifier)
 
 
+@pytest.fixture
+def advising(synthetic, tmp_path):
+    "The synthetic images in a folder in which the model recommends something."
+
+    def with_advice(advice):
+        shutil.copytree(synthetic.folder, tmp_path / 'advising')
+        found = load_synthetic(tmp_path / 'advising')
+        write_record(RunFolder(found.folder).advice, advice)
+        return found
+
+    return with_advice
+
+
 def test_what_the_images_model_recommends_comes_before_the_default(
-    images, synthetic, unseen, tmp_path, monkeypatch
+    images, advising, unseen, tmp_path
 ):
     advice = dict(replacement_probability=0.7, batch_size=3)
-    notes = dict(classifier=dict(by_metaclass=dict(plant=advice)))
-    monkeypatch.setattr(training, 'model_notes', lambda model: notes)
-    out = tmp_path / 'out'
+    synthetic, out = advising(dict(classifier=advice)), tmp_path / 'out'
 
     results = compare_training(
         images, synthetic, unseen, settings_for(out, seeds=1, batch_size=2)
@@ -89,24 +104,39 @@ def test_what_the_images_model_recommends_comes_before_the_default(
     assert said in results['notes']
 
 
+def test_a_run_keeps_what_its_model_recommends_with_its_images(images, tmp_path):
+    "So `train` knows it where the model is not at hand."
+    advice = dict(replacement_probability=0.7)
+    notes = dict(classifier=dict(by_metaclass=dict(plant=advice)))
+    pipe = replace(load_pipeline('tiny'), recommended=notes)
+    quick = dict(concepts=dict(steps=1), sampling=dict(steps=2, expansion=1))
+    settings = Settings.of(pipe, 'plant', **quick)
+
+    found = synthesize(pipe, images, tmp_path / 'out', settings, ['by night.'])
+
+    assert recommended_with(found) == advice
+
+
+def test_images_of_an_older_version_recommend_nothing(advising):
+    synthetic = advising(dict(classifier={}))
+    RunFolder(synthetic.folder).advice.unlink()
+
+    assert recommended_with(synthetic) == {}
+
+
 @pytest.mark.parametrize(
-    'sampling, expected',
+    'advice, said',
     [
-        (dict(expansion=2), 0.7),
-        (dict(expansion=3), None),  # the images are two for each real one
-        (dict(few_step='own'), None),  # and sampled exactly
+        (dict(classifier=[0.7]), 'classifier should be'),
+        (dict(classifier=dict(replacement_probability='often')), 'often'),
+        (dict(classifier=dict(colour=1)), 'colour: no such setting'),
     ],
 )
-def test_a_classifier_is_recommended_for_images_as_they_are_recommended(
-    synthetic, monkeypatch, sampling, expected
-):
-    advice = dict(replacement_probability=0.7)
-    notes = dict(classifier=advice, sampling=sampling)
-    monkeypatch.setattr(training, 'model_notes', lambda model: notes)
+def test_advice_that_no_classifier_can_have_is_told(advising, advice, said):
+    with pytest.raises(UserError, match=said) as e:
+        recommended_with(advising(advice))
 
-    found = recommended_with(synthetic)
-
-    assert found.get('replacement_probability') == expected
+    assert 'advice.json' in str(e.value) and 'delete it' in str(e.value)
 
 
 def comparison(images, synthetic, test, out='unused'):

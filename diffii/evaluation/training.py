@@ -27,7 +27,7 @@ from ..base.processes import reporter
 from ..base.records import RESTORE, read_record, write_record
 from ..base.seeds import seed_of
 from ..base.settings import ClassifierSettings, ComparisonSettings, TrainSettings
-from ..base.settings import model_notes, over, recommended_classifier, specs
+from ..base.settings import checked, over, specs
 from .classifier_files import NOTES, Notes, copy_classifier
 from .classifier_files import save_classifier
 from .statistics import verdict_of
@@ -530,9 +530,12 @@ def train_missing(c: TrainingComparison):
 # %% ../../nbs/evaluation/training.ipynb #b8a1c3d2
 def recommended_with(synthetic) -> dict:  # of `ClassifierSettings`
     "What the model that made synthetic images recommends for a classifier with them."
-    made = RunFolder(synthetic.folder).about()
-    notes = model_notes(made['model'])
-    return recommended_classifier(notes, made['metaclass'], made['sampling'])
+    folder = RunFolder(synthetic.folder)
+    try:
+        return checked(ClassifierSettings, folder.advised())
+    except UserError as e:
+        hint = 'delete it to go without what the model recommends'
+        raise UserError(f'{folder.advice}: {e}; {hint}') from e
 
 # %% ../../nbs/evaluation/training.ipynb #47cb3e70
 def compare_training(

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['STATE', 'RECORD', 'CLUTTER', 'FORMAT', 'BEFORE', 'ASIDE', 'LOST', 'LEAST', 'MOST', 'N_SOURCES', 'AGAIN', 'write_rows',
            'DROPPED', 'PATIENCE', 'holds_run', 'check_links', 'differences', 'claim', 'Head', 'run_record', 'tentative',
-           'Row', 'read_rows', 'iter_rows', 'RunRecord', 'Choices', 'ImageScores', 'RunFolder', 'held', 'bring_up']
+           'Row', 'read_rows', 'iter_rows', 'RunRecord', 'Choices', 'Advice', 'ImageScores', 'RunFolder', 'held',
+           'bring_up']
 
 # %% ../../nbs/run/folders.ipynb #1b756d29
 import contextlib
@@ -297,6 +298,13 @@ class Choices:
 
 
 @dataclass
+class Advice:
+    "What the model recommends with the images: `advice.json`."
+
+    classifier: dict  # of `ClassifierSettings`
+
+
+@dataclass
 class ImageScores:
     "What images scored: a value of `scores.json`."
 
@@ -317,6 +325,7 @@ class RunFolder:
         self.state = self.path / STATE
         self.record = self.path / RECORD
         self.settings = self.state / 'settings.yaml'
+        self.advice = self.state / 'advice.json'
         self.suffixes = self.state / 'suffixes.json'
         self.concepts = self.state / 'concepts'
         self.pool = self.state / 'pool'
@@ -354,6 +363,13 @@ def chosen(self: RunFolder) -> dict:
     none = dict(dropped={}, refilled=[], filtered=[], refilling=[])
     there = self.choices.is_file()
     return none | (read_record(self.choices, Choices, DROPPED) if there else {})
+
+
+@patch
+def advised(self: RunFolder) -> dict:  # of `ClassifierSettings`
+    "What the model recommends for a classifier on the images; {} where nothing is said."
+    there = self.advice.is_file()
+    return read_record(self.advice, Advice)['classifier'] if there else {}
 
 
 @patch

@@ -26,13 +26,14 @@ from ..base.images import ImageSet
 from ..base.methods import METHODS, Method
 from ..base.pipeline import ROOMS, Pipeline, model_digest, same_model
 from ..base.processes import check_tracker, processes, reporter
-from ..base.records import inside, short
+from ..base.records import inside, short, write_record
 from diffii.base.settings import (
     EditSettings,
     GuideSettings,
     SamplingSettings,
     Settings,
     config_text,
+    recommended_classifier,
 )
 from diffii.method.concepts import (
     RELEARN,
@@ -575,10 +576,17 @@ def _taken(run, record):
         yield
 
 
+def _advice(run):
+    "What the model recommends for a classifier on these images."
+    sampling = asdict(run.settings.sampling)
+    return recommended_classifier(run.pipe, run.images.metaclass, sampling)
+
+
 def _tidy(run):
-    "Write the settings down, and bring files and lists in order."
+    "Write settings and advice down, and bring files and lists in order."
     if processes().is_main_process:
         run.folder.write_text(run.folder.settings, config_text(run.in_force()))
+        write_record(run.folder.advice, dict(classifier=_advice(run)))
         run.folder.mend_lists()
     for file in sorted(run.folder.concepts.glob('*.*')):
         run.folder.digests.check(file, RELEARN)
