@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from diffii.base.backbones import PRESETS, body_and_head, build_model, head_of
+from diffii.base.backbones import try_network
 from diffii.base.backbones import load_body, preset, small_net
 from diffii.base.files import UserError
 from diffii.base.settings import ClassifierSettings
@@ -54,6 +55,20 @@ def test_body_and_head_are_all_parameters_and_share_none(arch, size):
 def test_an_unknown_network_is_refused(arch, message):
     with pytest.raises(UserError, match=message):
         build_model(arch, 7)
+
+
+@pytest.mark.parametrize(
+    'arch, size',
+    [('torchvision/vit_b_16', 100), ('torchvision/alexnet', 32)],
+    ids=('cannot be built', 'cannot see an image'),
+)
+def test_a_network_that_does_not_fit_the_size_is_told_of_at_once(arch, size):
+    with pytest.raises(UserError, match=f'{arch}.*of {size} pixels.*classifier-size'):
+        try_network(arch, 2, size)
+
+
+def test_a_network_that_fits_is_no_error():
+    try_network('torchvision/squeezenet1_1', 2, 64)
 
 
 @pytest.fixture

@@ -417,3 +417,16 @@ def test_a_probability_above_one_is_refused(short):
 def test_a_loss_that_is_not_finite_stops_training(short):
     with pytest.raises(UserError, match='lower the learning rate'):
         short(lr=1e20)
+
+
+@pytest.mark.parametrize(
+    'given, said',
+    [
+        (dict(size=32, resize=24), '--resize 24: .* 32, or more'),
+        (dict(crop_scale=(0.5,)), '--crop-scale'),
+        (dict(crop_scale=(1.0, 0.25)), '--crop-scale'),
+    ],
+)
+def test_crops_that_cannot_be_cut_are_refused(given, said):
+    with pytest.raises(UserError, match=said):
+        ClassifierSettings(**given)

@@ -12,7 +12,7 @@ from small_runs import GIVEN, MAKING, SUFFIXES, few_birds, hardly_learned
 from diffii.app.dropping import pipe_of
 from diffii.base.files import UserError, write_json
 from diffii.base.methods import METHODS
-from diffii.base.pipeline import load_pipeline
+from diffii.base.pipeline import Pipeline, load_pipeline
 from diffii.base.settings import Settings
 from diffii.run import dropping, filters, runs
 from diffii.run.dropping import drop, drop_worst, keep, read_names, refill, score
@@ -518,6 +518,21 @@ def test_a_run_gets_its_model_back_as_it_was(make_in, tmp_path, given, tiling):
     assert (found.pipe.vae.use_tiling, found.batch_size) == (tiling, 8)
 
 
+def test_a_run_that_was_checked_is_checked_again(make_in, tmp_path, monkeypatch):
+    guarded = load_pipeline('tiny', batch_size=8)
+    guarded.pipe.register_modules(safety_checker=None)
+    guarded.pipe.safety_checker = object()
+    monkeypatch.setattr(Pipeline, 'flagged', lambda self, ims: [False] * len(ims))
+    made = make_in(tmp_path / 'guarded', pipe=guarded)
+    asked = []
+    monkeypatch.setattr('diffii.base.pipeline.load_pipeline', asked.append)
+
+    pipe_of(made.folder, {})
+
+    assert RunFolder(made.folder).about()['safety_checker']
+    assert asked[0].safety_checker
+
+
 def test_real_images_that_have_moved_are_asked_for(made, say, folder_of_birds):
     about = dict(images=dict(folder=str(folder_of_birds)))
     RunFolder(made.folder).settings.write_text(yaml.safe_dump(about))
@@ -526,6 +541,13 @@ def test_real_images_that_have_moved_are_asked_for(made, say, folder_of_birds):
     told = say('score', made.folder, 'lpips').line
 
     assert f'{folder_of_birds}, as seen from here; give their folder' in told
+
+
+def test_words_that_have_moved_are_not_asked_for(made, say, folder_of_birds, numbered):
+    about = dict(images=dict(folder=str(folder_of_birds), words='gone.yaml'))
+    RunFolder(made.folder).settings.write_text(yaml.safe_dump(about))
+
+    assert say('score', made.folder, 'lpips').code == 0
 
 
 def test_the_command_scores_and_drops_the_worst(made, say, folder_of_birds, numbered):

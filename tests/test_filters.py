@@ -209,7 +209,7 @@ def test_clip_weights_that_cannot_be_had_are_told_of(tmp_path):
     (tmp_path / 'bad.pt').write_text('no weights')
     settings = FilterSettings(by='clip', clip=f'ViT-B-32:{tmp_path / "bad.pt"}')
     with pytest.raises(UserError, match='CLIP ViT-B-32'):
-        filters.check_filter(plain(3), settings)
+        filters.check_filter(None, plain(3), settings)
 
 
 # ---- which ones go
@@ -245,4 +245,18 @@ def test_an_empty_set_has_no_scores():
 def test_several_processes_cannot_train_the_filter(monkeypatch):
     monkeypatch.setattr(filters, 'processes', lambda: SimpleNamespace(num_processes=2))
     with pytest.raises(UserError, match='needs one process'):
-        filters.check_filter(plain(3), FilterSettings(by='classifier'))
+        filters.check_filter(None, plain(3), FilterSettings(by='classifier'))
+
+
+@pytest.mark.parametrize(
+    'edits, classes, said',
+    [(True, 2, 'a model of prompts alone'), (False, 1, 'two categories')],
+)
+def test_losses_under_prompts_need_prompts_that_differ(edits, classes, said):
+    pipe = SimpleNamespace(edits=edits)
+    real = plain(3)
+    if classes == 1:
+        real = replace(real.subset(real.of_class(0)), classes=real.classes[:1])
+
+    with pytest.raises(UserError, match=f'--filter denoising: needs {said}'):
+        filters.check_filter(pipe, real, FilterSettings(by='denoising'))

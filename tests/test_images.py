@@ -309,10 +309,14 @@ def test_a_table_in_another_encoding_is_refused(flowers):
         image_table(table)
 
 
-def test_a_row_may_come_twice(flowers):
-    table = write_table(flowers, 'file_name,label\n' + BIRD + BIRD)
+def test_an_image_that_is_listed_twice_is_taken_once(flowers):
+    other = BIRD.replace('bird of', './bird of')
+    table = write_table(flowers, 'file_name,label\n' + BIRD + other)
 
-    assert len(image_table(table)) == 2
+    with pytest.warns(UserWarning, match='line 3: .* is in line 2 already'):
+        s = image_table(table)
+
+    assert s.names == ('bird of paradise/0.png',)
 
 
 def test_bad_rows_are_skipped_with_their_line(flowers):

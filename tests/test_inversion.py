@@ -278,7 +278,8 @@ def test_names_and_images_are_repeated_together(model, birds):
 
     own = list(birds.names[:3])
     assert found.names == own + [n + '@1' for n in own] + [n + '@2' for n in own]
-    assert found.images == found.images[:3] * 3
+    fitted = found.fitted()
+    assert fitted == fitted[:3] * 3
     assert found.digests == [birds.digest(i) for i in range(3)] * 3
 
 

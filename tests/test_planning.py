@@ -94,6 +94,20 @@ def test_calls_of_sampling_are_those_that_are_made(pipe, asked, given, calls):
     assert counted == sum(asked) == calls
 
 
+@pytest.mark.parametrize(
+    'given, calls',
+    [
+        (dict(few_step='own'), 8),
+        (dict(few_step='own', fresh_noise=0.5, calls=4), 4),
+        (dict(few_step='latent-consistency/lcm-lora-sdv1-5'), 8),
+    ],
+)
+def test_calls_with_few_step_weights_need_no_weights(pipe, given, calls):
+    settings = SamplingSettings(steps=10, split_ratio=0.0, **given)
+
+    assert unet_calls(pipe, settings) == calls
+
+
 def test_of_images_that_begin_later_the_mean_is_taken(pipe):
     settings = SamplingSettings(method='da-fusion', steps=10, strengths=(0.2, 0.6))
 

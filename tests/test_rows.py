@@ -119,6 +119,17 @@ def test_on_long_tails_every_generative_method_draws_rare_categories_more(
     assert found.category == category
 
 
+def test_what_has_no_option_may_stand_in_a_file_of_settings(tmp_path):
+    data = shipped_set('digits')
+    [condition] = conditions('few-shot', data, TrialSettings(methods='original'))
+    e = experiment('few-shot', tmp_path, data)
+    e.classifier = dict(flip=True, device='cpu')
+
+    found = classifier_settings(e, condition, condition.configurations[0])
+
+    assert (found.flip, found.device) == (True, 'cpu')
+
+
 NOTES = dict(
     inversion=dict(forward_steps=2, fixed_point_iters=1),
     sampling=dict(guidance_scale=2.0, expansion=7, split_ratio=0.2, noise_share=0.5),

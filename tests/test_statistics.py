@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from diffii.base.files import UserError, read_json
+from diffii.base.files import UserError, read_json, write_json
 from diffii.evaluation.statistics import (
     COLOURS,
     Comparison,
@@ -40,7 +40,7 @@ def test_a_paired_test_is_scipys():
 
 @pytest.mark.parametrize(
     'differences, p, half',
-    [([2.0], 1, np.inf), ([2.0, 2.0], 0, 0), ([0.0, 0.0, 0.0], 1, 0)],
+    [([2.0], 1, np.inf), ([2.0, 2.0], 1, np.inf), ([0.0, 0.0, 0.0], 1, 0)],
 )
 def test_differences_that_do_not_vary(differences, p, half):
     found = paired(differences)
@@ -163,6 +163,19 @@ def test_tables_plots_and_verdicts_follow_from_the_cells(tmp_path, kept):
     assert len(verdicts) == len(Page(kept).family)
     assert {line['verdict'] for line in verdicts} <= set(COLOURS)
     assert (out / 'plot.png').is_file() and (out / 'table.csv').is_file()
+
+
+def test_a_table_that_is_made_anew_keeps_its_first_row(tmp_path):
+    "Gains are over the first row."
+    kept, out = RESULTS / 'few-shot-10-aviary', tmp_path / 'kept'
+    shutil.copytree(kept, out)
+    lines = read_json(out / 'table.json')
+    write_json(out / 'table.json', lines[::-1])
+
+    rebuild(out)
+
+    names = [line['row'] for line in read_json(out / 'table.json')]
+    assert names == [line['row'] for line in lines[::-1]]
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,16 @@ def test_a_plan_follows_the_sizes_of_the_categories(planned):
     assert [sum(r['label'] == c for r in rows) for c in CLASSES] == [4, 20]
 
 
+def test_images_are_spread_evenly_where_that_is_asked_for(planned):
+    rows = planned(counts=(1, 6), expansion=3, spread='even')
+
+    assert [sum(r['label'] == c for r in rows) for c in CLASSES] == [11, 10]
+
+
+def test_of_equal_categories_the_spread_changes_nothing(planned):
+    assert planned(counts=(3, 3), spread='even') == planned(counts=(3, 3))
+
+
 def test_pairs_are_of_different_images_and_strengths_on_the_circle(planned):
     for row in planned():
         assert len(set(row['sources'])) == 2
@@ -391,6 +401,15 @@ def test_a_strip_goes_around_the_circle_and_ends_where_it_began(pipe, concepts, 
     apart = np.abs(pixels(strip[:1]) - pixels(strip[-1:]))
     assert len(strip) == 5
     assert apart.max() <= 2
+
+
+def test_a_strip_of_two_equal_images_stays_where_it_is(pipe, concepts, pool):
+    latents = [z[[0] * len(z)] for z in pool.latents]
+    equal = InversionPool(pool.classes, latents, pool.names, InversionSettings(steps=3))
+
+    strip = circle_strip(pipe, concepts, equal, 0, n=3)
+
+    assert np.abs(pixels(strip) - pixels(strip[:1])).max() <= 2
 
 
 def test_a_strip_shows_another_pair_for_another_seed(pipe, concepts, pool):

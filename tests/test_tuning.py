@@ -46,6 +46,15 @@ def test_settings_that_a_method_lacks_are_not_searched():
     assert len(tried) == 3  # both methods, and the other replacement
 
 
+def test_a_first_method_without_contexts_leaves_the_others_their_values():
+    values = VALUES | dict(method=('diff-mix', 'diff-ii'), noise_share=(0.4, 0.0))
+
+    tried = list(search(values, 99, lambda c: float(c.method == 'diff-ii')))
+
+    assert tried[0] == Choice('diff-mix', 0.0, 0.0, 0.5)
+    assert tried[1] == Choice('diff-ii', 0.3, 0.4, 0.5)
+
+
 def test_the_best_value_of_each_setting_stays():
     best = Choice('diff-ii', 0.0, 0.5, 0.9)
 
@@ -99,6 +108,17 @@ def test_the_choice_is_read_by_augment(finished):
     assert settings.sampling.method == results['winner']['method']
     assert settings.images.metaclass == 'plant'
     assert settings.concepts.steps == 1
+
+
+def test_the_contexts_of_a_search_are_those_of_the_choice(tmp_path):
+    suffixes = tmp_path / 'contexts.txt'
+    suffixes.write_text('by night.\n')
+    out = tmp_path / 'out'
+
+    tune(images(), quick(out, budget=1, suffixes=str(suffixes)), progress=False)
+
+    chosen = Settings.of(**read_config(out / 'augment.yaml'))
+    assert chosen.contexts.suffixes == str(suffixes)
 
 
 def test_a_finished_search_trains_nothing(finished, monkeypatch):

@@ -75,6 +75,7 @@ def _real_images(folder, images):
     about = run.about()
     found = read_config(run.settings) if run.settings.is_file() else {}
     kept = found.get('images', {}) | dict(metaclass=about['metaclass'])
+    kept.pop('words', None)  # a file that may have moved; the concepts know the words
     place = images or kept.get('folder')
     text = '--images: give the folder of the real images; the run does not say where'
     require(place, text)
@@ -90,11 +91,11 @@ def pipe_of(
 ):  # -> `Pipeline`
     "The model that a folder was made with, in its precision and batches."
     from diffii.base.pipeline import load_pipeline
-    from diffii.run.folders import RunFolder
+    from diffii.run.folders import IF_SET, RunFolder
 
     about = RunFolder(folder).about()
     made_with = {k: about[k] for k in ('model', 'dtype', 'size', 'batch_size')}
-    made_with |= {name: about.get(name, False) for name in ('vae_tiling', 'tf32')}
+    made_with |= {name: about.get(name, False) for name in IF_SET}
     return load_pipeline(ModelSettings(**made_with | given))
 
 # %% ../../nbs/app/dropping.ipynb #c16d543b

@@ -372,6 +372,17 @@ def _check_rows(table, columns, rows, folder):
         require(same, f'{table}: {row[image]} is {both}; keep one of them')
 
 
+def _once(table, rows, folder, image):
+    "The rows without those of an image that an earlier line has, with a warning."
+    found = {}  # path -> (line, row)
+    for line, row in rows:
+        first, _ = found.setdefault((folder / row[image]).resolve(), (line, row))
+        if first != line:
+            text = f'{table}, line {line}: {row[image]} is in line {first} already'
+            warnings.warn(f'{text}; it is taken once')
+    return list(found.values())
+
+
 def _readable_rows(table, rows, paths, skip_bad):  # -> rows, without their lines
     "The rows whose image can be read. Raises `UserError` unless `skip_bad`."
     kept = []
@@ -405,6 +416,7 @@ def image_table(
         require(c in names, f'{table}: no column {c!r}; it has {", ".join(names)}')
     _check_rows(table, columns, rows, folder)
     classes = sorted({row[label] for _, row in rows})
+    rows = _once(table, rows, folder, image)
     paths = [folder / row[image] for _, row in rows]
     rows = _readable_rows(table, rows, paths, skip_bad)
     for c in classes:

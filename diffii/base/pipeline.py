@@ -454,6 +454,12 @@ def predict_guided(
     return empty + scale * (eps - empty)
 
 # %% ../../nbs/base/pipeline.ipynb #624ced60
+@patch(as_prop=True)
+def safety_checker(self: Pipeline) -> bool:
+    "Was a safety checker loaded?"
+    return getattr(self.pipe, 'safety_checker', None) is not None
+
+
 @patch
 @torch.inference_mode()
 def flagged(
@@ -461,9 +467,9 @@ def flagged(
     images: list,  # Pillow RGB images
 ) -> list:  # a bool for each
     "Which images the safety checker flags. Raises `UserError` where none was loaded."
-    checker = getattr(self.pipe, 'safety_checker', None)
     hint = 'load it with safety_checker=True, from a checkpoint that has one'
-    require(checker is not None, f'{self.model}: no safety checker was loaded; {hint}')
+    require(self.safety_checker, f'{self.model}: no safety checker was loaded; {hint}')
+    checker = self.pipe.safety_checker
     # it announces black images, which are never taken
     announcing = logging.getLogger(
         'diffusers.pipelines.stable_diffusion.safety_checker'

@@ -458,6 +458,9 @@ class SamplingSettings(Group):
     method: str = setting('diff-ii', choices=tuple(METHODS), first=True)
     # synthetic images for each real one
     expansion: int = setting(5, least=1, first=True)
+    # of which categories they are: own, so many for each real image of a category, or even,
+    # as many of every category and the same number in all, which fills long tails up
+    spread: str = setting('own', choices=('own', 'even'))
     # fraction of the denoising under the context; the paper has 0.3 for 5 shots, 0.1
     # for 10 shots and 1 for long tails
     split_ratio: float = setting(0.3, least=0, most=1)
@@ -877,6 +880,18 @@ class ClassifierSettings(Group):
     n_workers: int = setting(0, least=0)
 
 # %% ../../nbs/base/settings.ipynb #6f3a81de
+@patch
+def check(self: ClassifierSettings):
+    "Crops lie in the images that they are cut from. Raises `UserError`."
+    resize, size = self.resize, self.size
+    enough = resize is None or resize >= size
+    text = f'--resize {resize}: give the side of what the classifier sees, {size}'
+    require(enough, f'{text}, or more')
+    scale = self.crop_scale
+    ordered = len(scale) == 2 and scale[0] <= scale[1]
+    require(ordered, f'--crop-scale {scale}: two shares of the area, as 0.25,1')
+
+
 INSTEAD = dict(steps='epochs', size='resize')  # of a classifier: what stands for what
 
 

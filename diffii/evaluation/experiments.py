@@ -123,7 +123,7 @@ def classifier_settings(
     short = dict(steps=20) if e.quick else {}
     for given in (e.classifier, configuration.classifier, short):
         found = over(found, given)
-    return ClassifierSettings(flip=e.data.flip, device=e.device, **found)
+    return ClassifierSettings(**dict(flip=e.data.flip, device=e.device) | found)
 
 # %% ../../nbs/evaluation/experiments.ipynb #1a4fb825
 def given_classifier(dataset: str, settings: BenchmarkSettings) -> dict:
@@ -458,12 +458,12 @@ def check(e: Experiment, grid_: list):
 
 def _check_networks(e, condition, n_classes):
     "Raise `UserError` where a configuration's classifier cannot be built."
-    from diffii.base.backbones import build_model
+    from diffii.base.backbones import try_network
 
     rows = condition.configurations
     found = [classifier_settings(e, condition, row) for row in rows]
     for network in {(s.arch, n_classes, s.size, s.pretrained) for s in found}:
-        build_model(*network)
+        try_network(*network)
 
 
 def _check_images(e, condition, train):

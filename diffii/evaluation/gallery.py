@@ -320,14 +320,15 @@ def all_suffixes(made: SyntheticSet) -> list:
     return sorted({row['suffix'] for row in made.rows} - {''})
 
 # %% ../../nbs/evaluation/gallery.ipynb #ef8208ad
-# above this the own category is the most likely one
+# above this an image is taken for its own category; of many categories the most likely
+# one may have a probability below one half, which is not enough here
 RIGHT_ABOVE = dict(classifier=0.5, denoising=0.0, clip=0.5)
 
 
 def consistency_of(
     rows,  # of the metadata
 ) -> dict:  # name of a score -> share of the images that have it, 0 to 1
-    "The share of images whose own category is the most likely, by scores that can tell."
+    "The share of images that scores clearly take for their own category."
     found = {}
     for name in score_names(rows):
         values = [(row.get('scores') or {}).get(name) for row in rows]

@@ -396,6 +396,16 @@ def condition_of(
     return conditions(record['task'], data, trials)[0]
 
 # %% ../../nbs/evaluation/tables.ipynb #bd5fd667
+def _in_order(out, lines):
+    "Lines in the order of the table that is there, and new ones behind them."
+    if not (out / 'table.json').is_file():
+        return lines
+    before = [(line['setting'], line['row']) for line in _read_lines(out)]
+    return sorted(
+        lines, key=lambda line: before.index(line) if line in before else len(before)
+    )
+
+
 def rebuild_tables(out) -> tuple:  # (record, cells, table)
     "Make the tables and the plot of an experiment anew from its cells and its record."
     import pandas as pd
@@ -408,7 +418,7 @@ def rebuild_tables(out) -> tuple:  # (record, cells, table)
     )
     arch = record.get('arch') or record.get('classifier', {}).get('arch', 'small')
     lines, base = [], {}
-    for condition, row in table_lines(cells):
+    for condition, row in _in_order(out, table_lines(cells)):
         own = [cell for cell in cells if cell['setting'] == condition]
         first = base.setdefault(condition, row)
         line = dict(setting=condition, row=row) | row_numbers(own, row, first)

@@ -228,9 +228,9 @@ def _has_weights(arch, size):  # -> (bool, a line or '')
 
 def _try_network(settings, n_classes):
     "Build the network once, so that what is wrong with it is told at once."
-    from diffii.base.backbones import build_model
+    from diffii.base.backbones import try_network
 
-    build_model(settings.arch, n_classes, settings.size, settings.pretrained)
+    try_network(settings.arch, n_classes, settings.size, settings.pretrained)
 
 # %% ../../nbs/evaluation/training.ipynb #8fdc9d78
 def train_one(

@@ -22,8 +22,8 @@ from ..base.methods import METHODS
 from ..base.processes import reporter
 from ..base.records import write_record
 from ..base.settings import BenchmarkSettings, ClassifierSettings, ConceptSettings
-from ..base.settings import ImageSettings, ModelSettings, SamplingSettings
-from ..base.settings import TuneSettings, config_text
+from ..base.settings import ContextSettings, ImageSettings, ModelSettings
+from ..base.settings import SamplingSettings, TuneSettings, config_text
 from ..data.sets import DataSet
 from .experiments import Experiment, check, classifier_settings
 from .experiments import about_model, make_synthetic
@@ -76,14 +76,18 @@ def search(
     accuracy: Callable,  # choice -> number
 ) -> dict:  # choice -> its number, in the order in which they were tried
     "Try the values of one setting after another, and keep the best of each."
-    best = Choice(**{name: found[0] for name, found in values.items()})
-    tried = {best: accuracy(best)}
+    kept = {name: found[0] for name, found in values.items()}
+    first = Choice(**kept)
+    tried, values_of = {first: accuracy(first)}, {first: kept}
     for name, found in values.items():
         for value in found:
-            choice = replace(best, **{name: value})
+            # of a method that lacks a setting the next one takes its value all the same
+            changed = kept | {name: value}
+            choice = Choice(**changed)
             if len(tried) < budget and choice not in tried:
-                tried[choice] = accuracy(choice)
-        best = max(tried, key=tried.get)  # of equals the one that was tried first
+                tried[choice], values_of[choice] = accuracy(choice), changed
+        # of equals the one that was tried first
+        kept = values_of[max(tried, key=tried.get)]
     return tried
 
 # %% ../../nbs/evaluation/tuning.ipynb #3779d06b
@@ -301,6 +305,7 @@ class ChosenImages:
     model: Annotated[dict, ModelSettings] = field(default_factory=dict)
     concepts: Annotated[dict, ConceptSettings] = field(default_factory=dict)
     sampling: Annotated[dict, SamplingSettings] = field(default_factory=dict)
+    contexts: Annotated[dict, ContextSettings] = field(default_factory=dict)
 
 
 @dataclass
@@ -319,9 +324,10 @@ def write_choice(t: Tuning, winner: dict):
     sampling = t.configuration(choice).sampling
     if METHODS[choice.method].start != 'circle':
         sampling = {k: v for k, v in sampling.items() if k != 'noise_share'}
-    model = dict(model=s.model.model, dtype=s.model.dtype, size=s.model.size)
+    model = {k: getattr(s.model, k) for k in ('model', 'dtype', 'size', 'variant')}
     model = {k: v for k, v in model.items() if v is not None}
-    chosen = ChosenImages(of_images, model, s.concepts, sampling)
+    contexts = dict(suffixes=s.tuning.suffixes) if s.tuning.suffixes else {}
+    chosen = ChosenImages(of_images, model, s.concepts, sampling, contexts)
     replaced = dict(replacement_probability=choice.replacement)
     classifier = ChosenClassifier({**s.classifier, **replaced})
     for name, found in {'augment.yaml': chosen, 'train.yaml': classifier}.items():

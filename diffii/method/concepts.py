@@ -272,15 +272,17 @@ class LatentBatches:
         self, pipe: Pipeline, images: ImageSet, settings: ConceptSettings, seed: int
     ):
         self.settings, self.seed = settings, seed
-        fitted, sizes = [], []
-        for i in range(len(images)):  # full sizes are not held in memory
-            image = images.open(i)
-            fitted.append(pipe.fit(image))
-            sizes.append(pipe.size_ids(image.size))
-        views = [fitted]
-        if settings.flip:
-            views.append([ImageOps.mirror(image) for image in fitted])
-        self.latents = torch.stack([pipe.encode_images(v) for v in views], dim=1)
+        latents, sizes, n = [], [], pipe.vae_batch
+        for first in range(0, len(images), n):  # not all images are held in memory
+            fitted = []
+            for image in map(images.open, range(len(images))[first : first + n]):
+                fitted.append(pipe.fit(image))
+                sizes.append(pipe.size_ids(image.size))
+            views = [fitted]
+            if settings.flip:
+                views.append([ImageOps.mirror(image) for image in fitted])
+            latents.append(torch.stack([pipe.encode_images(v) for v in views], dim=1))
+        self.latents = torch.cat(latents)
         self.labels, self.sizes = np.array(images.labels), torch.tensor(sizes)
 
     def draw(self, step: int) -> tuple:  # latents, labels, noise, timesteps, sizes

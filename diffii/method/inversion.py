@@ -16,6 +16,7 @@ from .concepts import Concepts
 from .diffusion import Grid, ddim_grid, ddim_step, noised
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 import torch
@@ -195,9 +196,9 @@ def check_pairs(images: ImageSet, settings: InversionSettings):
 class CategoryImages:
     "What is inverted for one category: its images, or one image and its views."
 
-    images: list  # Pillow images, as `fit` made them
     names: list  # of the inversions; they also seed the noise of forward steps
     digests: list  # of the images at their full size
+    fitted: Callable  # opens them: () -> Pillow images of the model's size
 
     def __len__(self):
         return len(self.names)
@@ -207,17 +208,20 @@ def images_to_invert(
     images: ImageSet,
     k: int,  # the category
     settings: InversionSettings,
-    fit,  # image -> image of the model's size; full sizes are not held in memory
+    fit=None,  # image -> image of the model's size, where they are to be inverted
 ) -> CategoryImages:
     "The images of a category, views where there is one image alone, all `per_image` times."
-    names, fitted, digests = [], [], []
+    names, digests = [], []
     for name, image in _with_views(images, k, settings):
         names.append(name)
-        fitted.append(fit(image))
         digests.append(digest(image))
     times = settings.per_image
     numbered = [n + (f'@{j}' if j else '') for j in range(times) for n in names]
-    return CategoryImages(fitted * times, numbered, digests * times)
+
+    def fitted():  # opened again: a large set would not fit into memory
+        return [fit(im) for _, im in _with_views(images, k, settings)] * times
+
+    return CategoryImages(numbered, digests * times, fitted)
 
 
 def _with_views(images, k, settings):
@@ -268,7 +272,7 @@ def invert_groups(
 def _invert_group(pipe, concepts, todo, group, settings):
     "Inversions of a group of categories in one batch: a tensor for each."
     sizes = [len(todo[k]) for k in group]
-    images = [image for k in group for image in todo[k].images]
+    images = [image for k in group for image in todo[k].fitted()]
     latents = pipe.encode_images(images)
     if settings.steps:
         prompts = [concepts.prompt(k) for k in group for _ in todo[k].names]

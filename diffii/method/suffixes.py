@@ -167,7 +167,7 @@ def _clusters(texts, weights, n, seed):
     kmeans = KMeans(min(n, len(texts)), n_init=4, random_state=seed)
     cluster = kmeans.fit_predict(vectors, sample_weight=weights)
     # cosine with each setting, as often as it occurs
-    near = (vectors @ vectors.T).toarray() @ np.diag(weights)
+    near = (vectors @ vectors.T).toarray() * weights
     found = [np.flatnonzero(cluster == k) for k in np.unique(cluster)]
     return sorted(found, key=lambda c: (-weights[c].sum(), c[0])), near
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STATE', 'RECORD', 'CLUTTER', 'FORMAT', 'BEFORE', 'ASIDE', 'LOST', 'LEAST', 'MOST', 'N_SOURCES', 'AGAIN', 'write_rows',
-           'DROPPED', 'PATIENCE', 'holds_run', 'check_links', 'differences', 'claim', 'Head', 'run_record', 'tentative',
-           'Row', 'read_rows', 'iter_rows', 'RunRecord', 'Choices', 'Advice', 'ImageScores', 'RunFolder', 'held',
-           'bring_up']
+           'DROPPED', 'IF_SET', 'PATIENCE', 'holds_run', 'check_links', 'differences', 'claim', 'Head', 'run_record',
+           'tentative', 'Row', 'read_rows', 'iter_rows', 'RunRecord', 'Choices', 'Advice', 'ImageScores', 'RunFolder',
+           'held', 'bring_up']
 
 # %% ../../nbs/run/folders.ipynb #1b756d29
 import contextlib
@@ -256,6 +256,10 @@ write_rows = write_lines
 DROPPED = 'restore it, or delete it to have the dropped images back'
 
 # %% ../../nbs/run/folders.ipynb #9d965e60
+# properties of a loaded model that stand in the record where they are set
+IF_SET = ('vae_tiling', 'tf32', 'safety_checker')
+
+
 @dataclass(kw_only=True)
 class RunRecord(Head):
     "What decides the images of a run: `run.json`."
@@ -280,6 +284,7 @@ class RunRecord(Head):
     edit: EditSettings | None = None  # of the method diffuse-mix
     vae_tiling: bool = False
     tf32: bool = False
+    safety_checker: bool = False
 
     def __post_init__(self):
         ok = self.size >= 8 and self.batch_size >= 1

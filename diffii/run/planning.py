@@ -65,7 +65,8 @@ def _counted(pipe, settings, start):
 
     model.predict_eps = predict
     x, cond = torch.zeros(1, *pipe.latent_shape), Conditioning(torch.zeros(1, 1, 1))
-    for _ in denoising_steps(model, x, cond, cond, cond, settings, start):
+    fresh = torch.zeros(settings.few_steps, *x.shape) if settings.few_step else None
+    for _ in denoising_steps(model, x, cond, cond, cond, settings, start, fresh):
         pass
     return sum(asked)
 

@@ -121,12 +121,8 @@ def save_pool(
 ):
     "Write a pool as `build_pool` does, which will then read it there."
     for k, (category, latents) in enumerate(zip(pool.classes, pool.latents)):
-        todo = images_to_invert(images, k, pool.settings, fit=_nothing)
+        todo = images_to_invert(images, k, pool.settings)
         _write(_file(folder, category), latents, _key(todo, pool.settings, concepts))
-
-
-def _nothing(image):
-    "Stands in for an image where its name and digest are all that is needed."
 
 # %% ../../nbs/run/pools.ipynb #55c56753
 def load_pool(

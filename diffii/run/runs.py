@@ -67,6 +67,7 @@ from diffii.run.filters import (
     filter_folder,
 )
 from diffii.run.folders import (
+    IF_SET,
     N_SOURCES,
     RECORD,
     RunFolder,
@@ -213,7 +214,7 @@ class Run:
             sampling=asdict(settings.sampling),
             **({} if concepts is None else dict(given=concepts.digest())),
             **self._words(concepts),
-            **{name: True for name in ('vae_tiling', 'tf32') if getattr(pipe, name)},
+            **{name: True for name in IF_SET if getattr(pipe, name)},
             **({} if self.few_step is None else dict(few_step=self.few_step.digest())),
             **({} if self.guide is None else dict(guide=asdict(self.guide))),
             **({} if self.edit is None else dict(edit=asdict(self.edit))),
@@ -250,7 +251,7 @@ def in_force(self: Run) -> Settings:
     pipe, settings = self.pipe, self.settings
     loaded = dict(model=pipe.model, dtype=pipe.dtype_name, size=pipe.size)
     loaded |= dict(batch_size=pipe.batch_size, vae_tiling=pipe.vae_tiling)
-    loaded |= dict(tf32=pipe.tf32)
+    loaded |= dict(tf32=pipe.tf32, safety_checker=pipe.safety_checker)
     return replace(
         settings,
         images=replace(settings.images, metaclass=self.images.metaclass),
@@ -273,7 +274,7 @@ def check_run(run: Run, concepts: Concepts | None, pool: InversionPool | None):
     text = '--suffixes: a split ratio above 0 needs suffixes; give some, or'
     enough = run.suffixes or not settings.sampling.suffixed_steps
     require(enough, f'{text} --split-ratio 0')
-    check_filter(images, settings.filter)
+    check_filter(run.pipe, images, settings.filter)
     if not holds_run(run.folder.path, RECORD):
         check_room(run.pipe, images, settings, run.folder.path)
     if run.guide is not None:
