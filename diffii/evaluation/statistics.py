@@ -34,11 +34,8 @@ def paired(
     found, n = spread(differences), len(differences)
     if n == 1:
         return Paired(found.mean, float('inf'), 1.0, n)
-    if (
-        found.sd == 0
-    ):  # every trial has the same difference, which says nothing of others
-        half = float('inf') if found.mean else 0.0
-        return Paired(found.mean, half, 1.0, n)
+    if found.sd == 0:  # every trial has the same difference
+        return Paired(found.mean, 0.0, float(found.mean == 0), n)
     p = stats.ttest_1samp(differences, 0).pvalue
     return Paired(found.mean, found.ci95, float(p), n)
 
