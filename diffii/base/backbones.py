@@ -168,7 +168,7 @@ def _find(arch):
         return partial(_torchvision_net, name)
     return None
 
-
+# %% ../../nbs/base/backbones.ipynb #7e57a90c
 def _of_size(arch, size, make):
     "What `make` returns. A network that refuses images of a size raises `UserError`."
     try:
@@ -186,7 +186,7 @@ def _in_a_line(e):
     "What an error says first."
     return (str(e).strip() or type(e).__name__).splitlines()[0][:200]
 
-
+# %% ../../nbs/base/backbones.ipynb #7e57a92c
 def build_model(
     # small, efficientnet_lite0-imagenet, timm/NAME, torchvision/NAME or a bare name
     arch: str,

@@ -880,6 +880,9 @@ class ClassifierSettings(Group):
     n_workers: int = setting(0, least=0)
 
 # %% ../../nbs/base/settings.ipynb #6f3a81de
+#| export
+
+# %% ../../nbs/base/settings.ipynb #7e57a91c
 @patch
 def check(self: ClassifierSettings):
     "Crops lie in the images that they are cut from. Raises `UserError`."
