@@ -458,8 +458,7 @@ class SamplingSettings(Group):
     method: str = setting('diff-ii', choices=tuple(METHODS), first=True)
     # synthetic images for each real one
     expansion: int = setting(5, least=1, first=True)
-    # of which categories they are: own, so many for each real image of a category, or even,
-    # as many of every category and the same number in all, which fills long tails up
+    # of a category: own, so many for each real image of it, or even, as many as of any
     spread: str = setting('own', choices=('own', 'even'))
     # fraction of the denoising under the context; the paper has 0.3 for 5 shots, 0.1
     # for 10 shots and 1 for long tails
@@ -468,8 +467,7 @@ class SamplingSettings(Group):
     guidance_scale: float = setting(7.5, option='guidance', least=0)
     # DDIM steps of inversion and of sampling, which share one grid
     steps: int = setting(25, least=1, most=1000)
-    # path of a pair's mixtures: circle (Eq. 7), inward for the arc alone (Eq. 5), or none to
-    # start from pure noise
+    # a pair's mixtures: circle (Eq. 7), inward, the arc alone (Eq. 5), or none: pure noise
     interpolation: str = setting('circle', choices=INTERPOLATIONS)
     # share of the images that start from noise instead of a circle; the paper has none
     noise_share: float = setting(0.0, least=0, most=1)
@@ -495,8 +493,7 @@ class SamplingSettings(Group):
     few_step: str | None = setting(None)
     # calls of the U-Net for an image with few-step weights; by default 8
     calls: int | None = setting(None, least=1)
-    # guidance scale with few-step weights; above 1, a step takes two of the calls. By
-    # default 2 with own, else 1, which is none
+    # guidance with few-step weights, above 1 in two calls; by default 2 with own, else 1
     few_step_guidance: float | None = setting(None, least=1)
     # share of fresh noise between such steps; by default 0 with own, else 1 as in LCM
     fresh_noise: float | None = setting(None, least=0, most=1)
