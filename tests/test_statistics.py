@@ -18,7 +18,7 @@ from diffii.evaluation.statistics import (
     plot_comparisons,
     verdict_of,
 )
-from diffii.evaluation.tables import condition_of, table_lines
+from diffii.evaluation.tables import base_of, condition_of, finished, table_lines
 from diffii.evaluation.tasks import remedies
 from diffii.evaluation.verdicts import Page, comparisons, rebuild, usual_row
 
@@ -165,17 +165,33 @@ def test_tables_plots_and_verdicts_follow_from_the_cells(tmp_path, kept):
     assert (out / 'plot.png').is_file() and (out / 'table.csv').is_file()
 
 
-def test_a_table_that_is_made_anew_keeps_its_first_row(tmp_path):
-    "Gains are over the first row."
-    kept, out = RESULTS / 'few-shot-10-aviary', tmp_path / 'kept'
-    shutil.copytree(kept, out)
+def test_gains_are_over_the_original_set_wherever_it_stands(tmp_path):
+    out = tmp_path / 'kept'
+    shutil.copytree(RESULTS / 'few-shot-10-aviary', out)
     lines = read_json(out / 'table.json')
     write_json(out / 'table.json', lines[::-1])
 
-    rebuild(out)
+    _, _, table = finished(out)
 
-    names = [line['row'] for line in read_json(out / 'table.json')]
-    assert names == [line['row'] for line in lines[::-1]]
+    gains = dict(zip(table['row'], table['gain']))
+    assert list(gains) == [line['row'] for line in lines[::-1]]
+    assert np.isnan(gains['original'])
+    assert gains['diffii'] == pytest.approx(
+        next(line['gain'] for line in lines if line['row'] == 'diffii')
+    )
+
+
+@pytest.mark.parametrize(
+    'condition, rows, base',
+    [
+        ('5-shot', ['cutmix', 'original'], 'original'),
+        ('5-shot', ['diffii', 'diff-ii'], 'diff-ii'),
+        ('IF=10', ['diff-ii', 'CMO', 'CE'], 'CE'),
+        ('5-shot', ['split_ratio=0', 'split_ratio=1'], 'split_ratio=0'),
+    ],
+)
+def test_the_row_that_gains_are_over(condition, rows, base):
+    assert base_of(condition, rows) == base
 
 
 @pytest.mark.parametrize(

@@ -876,9 +876,6 @@ class ClassifierSettings(Group):
     # processes that read images which do not fit into that memory
     n_workers: int = setting(0, least=0)
 
-# %% ../../nbs/base/settings.ipynb #6f3a81de
-#| export
-
 # %% ../../nbs/base/settings.ipynb #7e57a91c
 @patch
 def check(self: ClassifierSettings):
@@ -891,7 +888,7 @@ def check(self: ClassifierSettings):
     ordered = len(scale) == 2 and scale[0] <= scale[1]
     require(ordered, f'--crop-scale {scale}: two shares of the area, as 0.25,1')
 
-
+# %% ../../nbs/base/settings.ipynb #6f3a81de
 INSTEAD = dict(steps='epochs', size='resize')  # of a classifier: what stands for what
 
 

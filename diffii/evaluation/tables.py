@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['RUN_AGAIN', 'OLD_NAMES', 'MEASURES', 'PRINTED', 'BACKBONES', 'NAMES', 'LABELS', 'Cell', 'Line', 'ExperimentRecord',
            'read_cells', 'by_trial', 'minus', 'accuracy', 'class_consistency', 'lpips', 'paired_gain', 'row_numbers',
-           'published_number', 'published_ablation', 'summarise', 'readable', 'halves', 'plot_table', 'plot_gains',
-           'plot_sweep', 'write_tables', 'known_rows', 'table_lines', 'condition_of', 'rebuild_tables', 'finished']
+           'published_number', 'published_ablation', 'known_rows', 'base_of', 'summarise', 'readable', 'halves',
+           'plot_table', 'plot_gains', 'plot_sweep', 'write_tables', 'table_lines', 'condition_of', 'rebuild_tables',
+           'finished']
 
 # %% ../../nbs/evaluation/tables.ipynb #cf4c32bf
 import json
@@ -206,6 +207,23 @@ def published_ablation(table: tuple | None, row: str, arch: str) -> dict:
             return {f'{ours}, paper': line[theirs] for ours, theirs in names.items()}
     return {}
 
+# %% ../../nbs/evaluation/tables.ipynb #ba5e0002
+def known_rows(condition: str) -> list:
+    "Configurations of the tasks, in the order of their tables."
+    made = [c.name for c in (*ablation(), *remedies(), *fast(), *few_step())]
+    usual = LONG_TAILED if condition.startswith('IF=') else FEW_SHOT
+    # 'diff-ii-even' is what kept cells of long tails call 'diff-ii + even'
+    return list(dict.fromkeys(['original', *usual, 'diff-ii-even', *made]))
+
+
+def base_of(
+    condition: str,  # as 5-shot
+    rows,  # of its table
+) -> str:
+    "The row that gains are over, in whatever order rows stand: the first known one."
+    known = known_rows(condition)
+    return min(rows, key=lambda row: known.index(row) if row in known else len(known))
+
 # %% ../../nbs/evaluation/tables.ipynb #a514165b
 def summarise(cells: list, conditions: list, arch: str = 'small'):  # -> pandas table
     "One line for each condition and configuration, with the paper's numbers."
@@ -215,8 +233,9 @@ def summarise(cells: list, conditions: list, arch: str = 'small'):  # -> pandas 
     for condition in conditions:
         own = [cell for cell in cells if cell['setting'] == condition.name]
         names = [configuration.name for configuration in condition.configurations]
+        base = base_of(condition.name, names)
         for name in names:
-            numbers = row_numbers(own, name, names[0])
+            numbers = row_numbers(own, name, base)
             if numbers:
                 line = dict(setting=condition.name, row=name) | numbers
                 lines.append(line | _published(own, name, condition.table, arch))
@@ -306,7 +325,8 @@ def plot_gains(table):
         around = lines['gain ci95'] if 'gain ci95' in lines else None
         ax.errorbar(lines.gain, lines.row, xerr=around, fmt='o', ms=4, capsize=2)
         ax.axvline(0, color='#555', lw=0.8, ls=':')
-        base = table[table.setting == name].iloc[0]
+        own = table[table.setting == name].set_index('row', drop=False)
+        base = own.loc[base_of(name, own.index)]
         ax.set_title(f'{name} ({base.row}: {base.accuracy:.1f} %)', fontsize=9)
         ax.set_xlabel('gain in accuracy, points')
     axes[0][0].invert_yaxis()
@@ -361,14 +381,6 @@ def _write(out, table, task):
     plt.close(fig)
 
 # %% ../../nbs/evaluation/tables.ipynb #b337433a
-def known_rows(condition: str) -> list:
-    "Configurations of the tasks, in the order of their tables."
-    made = [c.name for c in (*ablation(), *remedies(), *fast(), *few_step())]
-    usual = LONG_TAILED if condition.startswith('IF=') else FEW_SHOT
-    # 'diff-ii-even' is what kept cells of long tails call 'diff-ii + even'
-    return list(dict.fromkeys(['original', *usual, 'diff-ii-even', *made]))
-
-
 def table_lines(cells: list) -> list:  # of (condition, configuration)
     "The lines of a table, in their order."
 
@@ -396,16 +408,6 @@ def condition_of(
     return conditions(record['task'], data, trials)[0]
 
 # %% ../../nbs/evaluation/tables.ipynb #bd5fd667
-def _in_order(out, lines):
-    "Lines in the order of the table that is there, and new ones behind them."
-    if not (out / 'table.json').is_file():
-        return lines
-    before = [(line['setting'], line['row']) for line in _read_lines(out)]
-    return sorted(
-        lines, key=lambda line: before.index(line) if line in before else len(before)
-    )
-
-
 def rebuild_tables(out) -> tuple:  # (record, cells, table)
     "Make the tables and the plot of an experiment anew from its cells and its record."
     import pandas as pd
@@ -417,11 +419,11 @@ def rebuild_tables(out) -> tuple:  # (record, cells, table)
         cells, f'{out}: has no finished cells; run diffii benchmark with it as --out'
     )
     arch = record.get('arch') or record.get('classifier', {}).get('arch', 'small')
-    lines, base = [], {}
-    for condition, row in _in_order(out, table_lines(cells)):
+    lines = []
+    for condition, row in table_lines(cells):
         own = [cell for cell in cells if cell['setting'] == condition]
-        first = base.setdefault(condition, row)
-        line = dict(setting=condition, row=row) | row_numbers(own, row, first)
+        base = base_of(condition, [cell['row'] for cell in own])
+        line = dict(setting=condition, row=row) | row_numbers(own, row, base)
         paper = condition_of(record, condition).table
         lines.append(line | _published(own, row, paper, arch))
     table = pd.DataFrame(lines).dropna(axis=1, how='all')
@@ -436,14 +438,14 @@ def finished(out) -> tuple:  # (record, cells, table)
     out = Path(out)
     text = f'{out}: no finished experiment; run diffii benchmark with it as --out'
     require((out / 'table.json').is_file(), text)
-    lines, base = _read_lines(out), {}
+    lines = _read_lines(out)
     cells = read_cells(out, [line['setting'] for line in lines])
-    for line in lines:
-        base.setdefault(line['setting'], line['row'])
 
     def now(line):
-        own = [cell for cell in cells if cell['setting'] == line['setting']]
-        return row_numbers(own, line['row'], base[line['setting']])
+        condition = line['setting']
+        own = [cell for cell in cells if cell['setting'] == condition]
+        rows = [other['row'] for other in lines if other['setting'] == condition]
+        return row_numbers(own, line['row'], base_of(condition, rows))
 
     table = pd.DataFrame([line | now(line) for line in lines]).dropna(axis=1, how='all')
     record = read_record(out / 'experiment.json', ExperimentRecord, RUN_AGAIN)
