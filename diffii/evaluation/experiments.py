@@ -104,6 +104,7 @@ def cell_settings(
             **tokens,
             **short_learning,
             **e.settings.concepts,
+            **configuration.concepts,
         },
         inversion=inversion,
         sampling={**usual, **short, **configuration.sampling},
@@ -158,22 +159,21 @@ def paper_classifier(preset: str, dataset: str) -> dict:  # of `ClassifierSettin
 # %% ../../nbs/evaluation/experiments.ipynb #c93142bb
 def learned_as(train, settings: Settings) -> str:
     "What kind of concepts the cells of a trial share, as the name of a folder."
-    from diffii.base.methods import METHODS
     from diffii.method.concepts import words_of
 
-    kind = METHODS[settings.sampling.method].learn
-    return f'{kind}+words' if words_of(train, settings.concepts) else kind
+    decided = settings.concepts.deciding()
+    del decided['with_words']  # which counts only where there are words
+    words = '+words' if words_of(train, settings.concepts) else ''
+    return f'{settings.learned}{words}-{seed_of(*decided.items())}'
 
 # %% ../../nbs/evaluation/experiments.ipynb #98973854
 def trial_concepts(e: Experiment, condition, trial, train, settings: Settings):
     "The concepts of a trial, learned once for all that learn the same; None for names."
-    from diffii.base.methods import METHODS
     from diffii.method.concepts import learn_concepts
 
-    if METHODS[settings.sampling.method].learn == 'none':
+    if settings.learned == 'none':
         return None
-    kind = learned_as(train, settings)
-    folder = e.work(condition, trial, kind)
+    folder = e.work(condition, trial, learned_as(train, settings))
     with e.alone(folder):
         return learn_concepts(
             e.pipe,
@@ -182,7 +182,7 @@ def trial_concepts(e: Experiment, condition, trial, train, settings: Settings):
             e.seed + trial,
             folder,
             lambda step, n, loss: e.progress(
-                f'{condition.name} {trial}: {kind}', step, n
+                f'{condition.name} {trial}: {settings.learned}', step, n
             ),
             sample_every=0,
         )
@@ -468,7 +468,6 @@ def _check_networks(e, condition, n_classes):
 
 def _check_images(e, condition, train):
     "Raise `UserError` where a configuration's images cannot be made."
-    from diffii.base.methods import METHODS
     from diffii.method.concepts import check_learning
     from diffii.method.editing import check_model
     from diffii.method.few_step import open_few_step
@@ -480,7 +479,7 @@ def _check_images(e, condition, train):
         check_model(e.pipe, settings.sampling.method)
         if settings.sampling.few_step:
             open_few_step(e.pipe, settings.sampling.few_step)
-        if METHODS[settings.sampling.method].learn != 'none':
+        if settings.learned != 'none':
             check_learning(e.pipe, train, settings.concepts)
 
 # %% ../../nbs/evaluation/experiments.ipynb #3f7c888e

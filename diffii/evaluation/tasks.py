@@ -17,7 +17,8 @@ from pathlib import Path
 
 from ..base.files import require
 from ..base.methods import get_method
-from ..base.settings import FAST, ClassifierSettings, DataSettings
+from ..base.settings import FAST, ClassifierSettings, ConceptSettings
+from ..base.settings import DataSettings
 from ..base.settings import InversionSettings, SamplingSettings, TrialSettings
 from ..base.settings import read_value, specs
 from ..data.sets import DataSet, deal, shipped_set
@@ -38,6 +39,7 @@ class Configuration:
     captions: bool = False  # suffixes are read off the training images
     words: bool = False  # the words for a category stand behind its tokens
     recipe: bool = False  # what the model recommends, and nothing of the paper's
+    concepts: dict = field(default_factory=dict)  # of `ConceptSettings`
 
 # %% ../../nbs/evaluation/tasks.ipynb #2d50688f
 # the row of what `diffii augment` does when nothing is said
@@ -117,6 +119,7 @@ def _trained_with(plain, name, **classifier):
 # of which settings a row can have its own
 ROW_GROUPS = dict(
     sampling=SamplingSettings,
+    concepts=ConceptSettings,
     inversion=InversionSettings,
     classifier=ClassifierSettings,
 )

@@ -580,10 +580,8 @@ def _advised(advice, given):
 
 def _notes(c):
     "What a reader of the numbers should know."
-    from diffii.base.methods import METHODS
-
-    made = RunFolder(c.synthetic.folder).about()['sampling']['method']
-    if c.test is None and METHODS[made].learn != 'none':
+    learned = RunFolder(c.synthetic.folder).about()['concepts']
+    if c.test is None and learned is not None:
         yield (
             'the concepts were learned from all images, those that were held out among '
             'them; a test folder of images that diffii augment has not seen is stricter'

@@ -309,7 +309,7 @@ def stages(pipe: Pipeline, settings: Settings, needed: ModelMemory) -> list:
     unet, batch = needed.unet + waiting, pipe.micro_batch
     trained = needed.unet + needed.lora + max(waiting, needed.text)
     found = [Stage('learning', trained, per, at_a_time, '--concept-micro-batch {n}')]
-    if METHODS[sampling.method].learn == 'none' or settings.run.concepts:
+    if settings.learned == 'none' or settings.run.concepts:
         found = []
     if sampling.start == 'circle':
         found.append(Stage('inversion', unet, needed.call, batch, '--batch-size {n}'))
@@ -453,7 +453,7 @@ def disk_bytes(
     encoders = [getattr(pipe.pipe, name) for _, name in pipe.text_parts]
     width = sum(e.get_input_embeddings().weight.shape[1] for e in encoders)
     tokens = 4 * width * len(images.classes) * settings.concepts.n_tokens
-    learned = METHODS[settings.sampling.method].learn != 'none'
+    learned = settings.learned != 'none'
     made = made_images(images, settings.sampling)
     return dict(
         images=made * 3 * pipe.size**2,
@@ -557,7 +557,7 @@ def _work(pipe, images, settings, seconds):
     "Images, calls and seconds of each stage."
     concepts, sampling = settings.concepts, settings.sampling
     found = []
-    if METHODS[sampling.method].learn != 'none' and not settings.run.concepts:
+    if settings.learned != 'none' and not settings.run.concepts:
         seen = concepts.steps * concepts.batch_size
         found.append(_stage('learning', seen, 3, seconds['step']))
     if sampling.start == 'circle':

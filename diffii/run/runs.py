@@ -209,7 +209,7 @@ class Run:
             images={name: images.digest(i) for i, name in enumerate(images.names)},
             suffixes=self.suffixes,
             seed=self.seed,
-            concepts=None if self.method.learn == 'none' else learned.deciding(),
+            concepts=None if settings.learned == 'none' else learned.deciding(),
             inversion=asdict(settings.inversion),
             sampling=asdict(settings.sampling),
             **({} if concepts is None else dict(given=concepts.digest())),
@@ -238,7 +238,7 @@ def _words(self: Run, given):
     "What the record says of the words for the categories in prompts."
     if given is not None:
         words = given.words
-    elif self.method.learn == 'none':
+    elif self.settings.learned == 'none':
         words = self.images.words
     else:
         words = words_of(self.images, self.settings.concepts)
@@ -281,7 +281,7 @@ def check_run(run: Run, concepts: Concepts | None, pool: InversionPool | None):
         check_guide(run.guide)
     if concepts is not None:
         _check_given(run, concepts)
-    elif run.method.learn != 'none':
+    elif run.settings.learned != 'none':
         check_learning(run.pipe, images, settings.concepts)
     if pool is not None:
         _check_pool(run, pool)
@@ -297,7 +297,7 @@ def _check_folders(classes):
 
 def _check_given(run, concepts):
     "Given concepts are of the method's kind, the same categories and the same model."
-    alone = run.method.learn == 'tokens'
+    alone = run.settings.learned == 'tokens'
     method = run.settings.sampling.method
     text = f'--concepts: {method} learns tokens alone, these have a LoRA; learn'
     require(not alone or not concepts.settings.rank, f'{text} others with --rank 0')
@@ -363,7 +363,7 @@ def run_suffixes(
 def _concepts(run, given):
     "The concepts that the method works with."
     pipe, images, folder = run.pipe, run.images, run.folder.concepts
-    if run.method.learn == 'none':
+    if run.settings.learned == 'none':
         return named_concepts(pipe, images)
     if (folder / 'concepts.json').exists():
         return Concepts.load(folder)
