@@ -190,8 +190,10 @@ def trial_concepts(e: Experiment, condition, trial, train, settings: Settings):
 
 def trial_pool(e: Experiment, condition, trial, train, concepts, settings: Settings):
     "The inversions of a trial, made once for all that invert alike."
+    from diffii.method.concepts import named_concepts
     from diffii.run.pools import build_pool
 
+    concepts = concepts or named_concepts(e.pipe, train)
     inverted = seed_of(*asdict(settings.inversion).items())
     name = f'{learned_as(train, settings)}-pool-{inverted}'
     stage = f'{condition.name} {trial}: inversions'
