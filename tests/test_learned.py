@@ -1,0 +1,107 @@
+"What is learned of the categories: what the method learns, or what a setting says."
+
+from dataclasses import replace
+
+import pytest
+from small_runs import GIVEN, SUFFIXES, few_birds
+
+from diffii.base.files import UserError
+from diffii.base.pipeline import load_pipeline
+from diffii.base.settings import Settings
+from diffii.evaluation.tasks import configuration
+from diffii.method.concepts import named_concepts
+from diffii.run.folders import RunFolder
+from diffii.run.pools import build_pool, load_pool
+from diffii.run.review import load_concepts, remake
+from diffii.run.runs import synthesize
+
+WORDS = 'red crowned blue backed', 'green crowned white backed'
+NAMED = GIVEN | dict(concepts=dict(learn='none'))
+
+
+@pytest.fixture(scope='module')
+def pipe():
+    return load_pipeline('tiny', batch_size=8)
+
+
+@pytest.fixture(scope='module')
+def birds():
+    return replace(few_birds(2), words=WORDS)
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory, pipe, birds):
+    "A run of Diff-II that learns nothing."
+    out = tmp_path_factory.mktemp('named') / 'out'
+    settings = Settings.of(pipe, 'bird', **NAMED)
+    return synthesize(pipe, birds, out, settings, SUFFIXES, progress=False)
+
+
+@pytest.mark.parametrize(
+    'method, learn, learned, rank',
+    [
+        ('diff-ii', None, 'tokens+lora', 10),
+        ('diff-ii', 'tokens', 'tokens', 0),
+        ('diff-ii', 'none', 'none', 10),
+        ('da-fusion', None, 'tokens', 0),
+        ('da-fusion', 'tokens+lora', 'tokens+lora', 10),
+        ('real-gen', None, 'none', 10),
+    ],
+)
+def test_a_method_learns_what_it_does_unless_a_setting_says_otherwise(
+    method, learn, learned, rank
+):
+    given = dict(sampling=dict(method=method), concepts=dict(learn=learn))
+    found = Settings.of(**given)
+    assert (found.learned, found.concepts.rank) == (learned, rank)
+
+
+def test_what_cannot_be_learned_is_named():
+    with pytest.raises(UserError, match='--learn all: one of none, tokens, tokens'):
+        Settings.of(concepts=dict(learn='all'))
+
+
+def test_a_run_that_learns_nothing_calls_categories_by_their_words(made, pipe, birds):
+    assert len(made) == 12
+    assert not RunFolder(made.folder).concepts.exists()
+    assert not (made.folder / 'concepts').exists()
+    about = RunFolder(made.folder).about()
+    assert about['concepts'] is None
+    assert about['words'] == list(WORDS)
+    prompt = load_concepts(made.folder).prompt(0, SUFFIXES[0])
+    assert prompt == named_concepts(pipe, birds).prompt(0, SUFFIXES[0])
+    assert WORDS[0] in prompt
+
+
+def test_its_images_lie_on_the_circles_of_inversions_under_these_words(
+    made, pipe, birds, tmp_path
+):
+    settings = Settings.of(pipe, 'bird', **NAMED).inversion
+    by_hand = build_pool(pipe, birds, named_concepts(pipe, birds), tmp_path, settings)
+    pool = load_pool(RunFolder(made.folder).pool, birds.classes)
+    assert pool.names == by_hand.names
+    for own, other in zip(pool.latents, by_hand.latents):
+        assert (own - other).abs().max() < 1e-4
+    assert {row['start'] for row in made.rows} == {'circle'}
+
+
+def test_any_image_of_it_can_be_made_again(made, pipe):
+    name = made.names[3]
+    before = (made.folder / name).read_bytes()
+    again = remake(pipe, made.folder, name)
+    assert again.tobytes() == made.open(3).tobytes()
+    assert (made.folder / name).read_bytes() == before
+
+
+def test_a_run_that_learned_is_not_gone_on_with_by_one_that_does_not(
+    made, pipe, birds
+):
+    settings = Settings.of(pipe, 'bird', **GIVEN)
+    with pytest.raises(UserError, match='concepts'):
+        synthesize(pipe, birds, made.folder, settings, SUFFIXES, progress=False)
+
+
+def test_a_row_may_learn_something_else():
+    found = configuration('diffii + learn=none + concept-steps=50')
+    assert found.concepts == dict(learn='none', steps=50)
+    assert found.recipe and found.words
