@@ -93,9 +93,7 @@ def test_any_image_of_it_can_be_made_again(made, pipe):
     assert (made.folder / name).read_bytes() == before
 
 
-def test_a_run_that_learned_is_not_gone_on_with_by_one_that_does_not(
-    made, pipe, birds
-):
+def test_a_run_that_learned_is_not_gone_on_with_by_one_that_does_not(made, pipe, birds):
     settings = Settings.of(pipe, 'bird', **GIVEN)
     with pytest.raises(UserError, match='concepts'):
         synthesize(pipe, birds, made.folder, settings, SUFFIXES, progress=False)

@@ -206,7 +206,7 @@ def _augment(settings, given):
             concepts = open_concepts(
                 pipe, run.concepts, images.classes, images.metaclass
             )
-        settings = Settings.of(pipe, **given)
+        settings = _for_images(Settings.of(pipe, **given), images, say)
         if not begun:
             check_fits(pipe, settings)
         made = synthesize(
@@ -217,6 +217,18 @@ def _augment(settings, given):
         say(f'look at them: {write_review(run.out, images, progress=progress)}')
 
 # %% ../../nbs/app/cli.ipynb #e7bd0747
+def _for_images(settings, images, say):
+    "The settings, and a line where categories are called by words that would be learned."
+    found = settings.for_images(images)
+    if found.learned != settings.learned:
+        k = images.counts.argmin()
+        few = (
+            f'{images.classes[k]} has fewer than {settings.concepts.learn_from} images'
+        )
+        say(f'{few}: words call the categories, and nothing is learned (--learn-from)')
+    return found
+
+
 def _rehearsal(model, images) -> bool:
     "Is this the shipped model on images of a kind that it has not seen?"
     if model != 'tiny':

@@ -351,6 +351,8 @@ class ConceptSettings(Group):
     # what is learned of the categories: tokens+lora, tokens, or none, where their names or
     # words call them; by default what the method learns
     learn: str | None = setting(None, choices=LEARNED, aside=True)
+    # where a category with words has fewer images than that, words alone call all of them
+    learn_from: int = setting(1, least=1, aside=True)
     # learned tokens for each category
     n_tokens: int = setting(1, option='tokens', least=0)
     rank: int = setting(10, least=0)  # rank of the LoRA; 0 learns tokens only
@@ -777,6 +779,15 @@ class Settings:
         "What is learned of the categories, one of `LEARNED`."
         return self.concepts.learn or METHODS[self.sampling.method].learn
 
+    def for_images(self, images):
+        """The same, once it is known of the images whether their categories are learned:
+        tokens of a category with very few images learn what stands around it too."""
+        c = self.concepts
+        asked = c.learn or self.run.concepts or not c.with_words
+        if asked or not images.words or min(images.counts) >= c.learn_from:
+            return self
+        return replace(self, concepts=replace(c, learn='none'))
+
     @classmethod
     def of(
         cls,
@@ -792,6 +803,8 @@ class Settings:
         sampling = SamplingSettings.of(pipe, metaclass, **given['sampling'])
         if sampling.steps != SamplingSettings.steps:
             given['inversion']['steps'] = sampling.steps
+        if sampling.method != SamplingSettings.method:  # it learns what it always does
+            given['concepts'].setdefault('learn_from', ConceptSettings.learn_from)
         kinds = group_kinds(cls)
         return cls(
             **{k: kind.of(pipe, metaclass, **given[k]) for k, kind in kinds.items()}

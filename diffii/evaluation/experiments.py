@@ -231,7 +231,7 @@ def make_synthetic(e: Experiment, condition, configuration, trial, train):
 
     if configuration.sampling is None:
         return None
-    settings = cell_settings(e, condition, configuration, trial)
+    settings = cell_settings(e, condition, configuration, trial).for_images(train)
     concepts = trial_concepts(e, condition, trial, train, settings)
     pool = None
     if settings.sampling.start == 'circle':
@@ -477,7 +477,7 @@ def _check_images(e, condition, train):
     for configuration in condition.configurations:
         if configuration.sampling is None:
             continue
-        settings = cell_settings(e, condition, configuration, 0)
+        settings = cell_settings(e, condition, configuration, 0).for_images(train)
         check_model(e.pipe, settings.sampling.method)
         if settings.sampling.few_step:
             open_few_step(e.pipe, settings.sampling.few_step)

@@ -521,6 +521,7 @@ def plan_run(
     seconds: dict | None = None,  # of `time_stages`; by default a few batches are timed
 ) -> RunPlan:
     "Plan a run; nothing is written. Raises `UserError` for one that cannot fit."
+    settings = settings.for_images(images)
     check_room(pipe, images, settings)
     needed, room = model_memory(pipe, settings.concepts), room_of(pipe)
     memory = _memory(pipe, settings, needed, room)
