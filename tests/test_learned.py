@@ -1,8 +1,11 @@
 "What is learned of the categories: what the method learns, or what a setting says."
 
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from PIL import Image
 from small_runs import GIVEN, SUFFIXES, few_birds
 
 from diffii.base.files import UserError
@@ -11,9 +14,10 @@ from diffii.base.settings import Settings
 from diffii.evaluation.tasks import configuration
 from diffii.method.concepts import named_concepts
 from diffii.run.folders import RunFolder
+from diffii.run.planning import plan_run
 from diffii.run.pools import build_pool, load_pool
 from diffii.run.review import load_concepts, remake
-from diffii.run.runs import synthesize
+from diffii.run.runs import load_synthetic, synthesize
 
 WORDS = 'red crowned blue backed', 'green crowned white backed'
 NAMED = GIVEN | dict(concepts=dict(learn='none'))
@@ -94,7 +98,8 @@ def test_any_image_of_it_can_be_made_again(made, pipe):
 
 
 def test_a_run_that_learned_is_not_gone_on_with_by_one_that_does_not(made, pipe, birds):
-    settings = Settings.of(pipe, 'bird', **GIVEN)
+    learning = dict(concepts=GIVEN['concepts'] | dict(learn='tokens+lora'))
+    settings = Settings.of(pipe, 'bird', **GIVEN | learning)
     with pytest.raises(UserError, match='concepts'):
         synthesize(pipe, birds, made.folder, settings, SUFFIXES, progress=False)
 
@@ -103,3 +108,71 @@ def test_a_row_may_learn_something_else():
     found = configuration('diffii + learn=none + concept-steps=50')
     assert found.concepts == dict(learn='none', steps=50)
     assert found.recipe and found.words
+
+
+def images_of(*counts, words=True):
+    "What settings ask of images: how many there are of each category, and words."
+    said = tuple(f'words {k}' for k in range(len(counts))) if words else ()
+    return SimpleNamespace(counts=np.array(counts), words=said)
+
+
+@pytest.mark.parametrize(
+    'images, concepts, learned',
+    [
+        (images_of(5, 9), {}, 'tokens+lora'),
+        (images_of(4, 9), {}, 'none'),
+        (images_of(4, 9, words=False), {}, 'tokens+lora'),
+        (images_of(4, 9), dict(with_words=False), 'tokens+lora'),
+        (images_of(4, 9), dict(learn='tokens'), 'tokens'),
+        (images_of(4, 9), dict(learn_from=4), 'tokens+lora'),
+    ],
+)
+def test_categories_of_few_images_are_called_by_their_words(images, concepts, learned):
+    given = dict(learn_from=5) | concepts
+    assert Settings.of(concepts=given).for_images(images).learned == learned
+
+
+def test_given_concepts_are_used_however_few_the_images_are():
+    given = dict(concepts=dict(learn_from=5), run=dict(concepts='learned'))
+    found = Settings.of(**given).for_images(images_of(1, 9))
+    assert found.learned == 'tokens+lora'
+
+
+@pytest.mark.parametrize(
+    'metaclass, method, learned',
+    [
+        ('bird', 'diff-ii', 'none'),
+        ('bird', 'diff-mix', 'tokens+lora'),  # its own way
+        ('digit', 'diff-ii', 'tokens+lora'),
+    ],
+)
+def test_the_shipped_model_recommends_words_for_rare_birds(
+    pipe, metaclass, method, learned
+):
+    settings = Settings.of(pipe, metaclass, sampling=dict(method=method))
+    assert settings.for_images(images_of(1, 40)).learned == learned
+
+
+def test_a_plan_of_words_alone_has_no_learning(pipe, birds):
+    seconds = dict(step=0.01, call=0.01, decoding=0.01, looks=0.01)
+    plans = {}
+    for n in (3, 4):
+        given = GIVEN | dict(concepts=dict(learn_from=n))
+        settings = Settings.of(pipe, 'bird', **given)
+        plans[n] = {w['stage'] for w in plan_run(pipe, birds, settings, seconds).work}
+    assert plans[3] - plans[4] == {'learning'}
+
+
+def test_the_command_says_that_words_call_the_categories(tmp_path, say):
+    for category in ('crow', 'gull'):
+        (tmp_path / 'birds' / category).mkdir(parents=True)
+        image = Image.new('RGB', (32, 32), 'white')
+        image.save(tmp_path / 'birds' / category / '0.png')
+    words = tmp_path / 'words.yaml'
+    words.write_text('crow: black crowned\ngull: white crowned\n')
+    out, few = tmp_path / 'more', '--metaclass bird --steps 4 --expansion 1 --no-review'
+    given = [*few.split(), '--words', words, '--out', out]
+    found = say('augment', tmp_path / 'birds', *given)
+    assert found.code == 0
+    assert 'crow has fewer than 5 images: words call the categories' in found.out
+    assert len(load_synthetic(out)) == 2
