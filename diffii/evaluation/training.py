@@ -511,21 +511,21 @@ def hold_folder(out):
 def train_missing(c: TrainingComparison):
     "Train the classifiers that have no cell yet."
     jobs, steps = c.jobs(), c.classifier.steps
+
+    def report(number, done=0, of=1):
+        "Steps of all classifiers, where that of a number has done its share."
+        c.progress('classifiers', number * steps + done * steps // of, len(jobs) * steps)
+
     for number, job in enumerate(jobs):
         if c.file(*job).is_file():
             continue
-
-        def report(done, total):
-            c.progress('classifiers', number * steps + done * steps // total, whole)
-
-        whole = len(jobs) * steps
-        c.progress('classifiers', number * steps, whole)
-        cell, result = train_one(c, *job, report)
+        report(number)
+        cell, result = train_one(c, *job, partial(report, number))
         kind, seed, _ = job
         if c.test is not None and seed == c.seeds[0]:
             keep_first(c, result, kind)
         write_record(c.file(*job), cell, indent=None)
-    c.progress('classifiers', len(jobs) * steps, len(jobs) * steps)
+    report(len(jobs))
 
 # %% ../../nbs/evaluation/training.ipynb #b8a1c3d2
 def recommended_with(synthetic) -> dict:  # of `ClassifierSettings`

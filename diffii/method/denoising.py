@@ -51,7 +51,7 @@ def denoising_steps(
     "The trajectory of a batch, one solver step at a time."
     grid = ddim_grid(pipe, settings.steps)
     low, high = settings.guided
-    memory = None
+    solve = _solver(settings, grid, fresh)
     x = latents.to(pipe.device)
     visited = [*visited_steps(settings, start), settings.steps]
     for call, (here, there) in enumerate(pairwise(visited)):
@@ -60,18 +60,32 @@ def denoising_steps(
         guided = low <= here / settings.steps < high
         scale = settings.guidance_scale if guided else 1
         eps = pipe.predict_guided(x, grid.timesteps[here], prompts, negative, scale)
-        levels = grid.abar[here], grid.abar[there]
-        if settings.few_step:
-            last = there == settings.steps
-            levels = (levels[0], 1) if last else levels
-            noise = None if last or fresh is None else fresh[call].to(x.device)
-            share = settings.fresh_noise
-            x = consistency_step(x, eps, grid.timesteps[here], levels, noise, share)
-        elif settings.solver == 'ddim':
-            x = ddim_step(x, eps, *levels)
-        else:
-            x, memory = dpm_step(x, eps, *levels, memory)
+        x = solve(x, eps, call, here, there)
     yield settings.steps, x
+
+
+def _solver(settings, grid, fresh):  # -> function, from one visited step to the next
+    "The step of the solver that the settings name."
+    abar, memory = grid.abar, None
+
+    def consistency(x, eps, call, here, there):
+        last = there == settings.steps
+        noise = None if last or fresh is None else fresh[call].to(x.device)
+        levels = abar[here], 1 if last else abar[there]
+        share = settings.fresh_noise
+        return consistency_step(x, eps, grid.timesteps[here], levels, noise, share)
+
+    def ddim(x, eps, call, here, there):
+        return ddim_step(x, eps, abar[here], abar[there])
+
+    def dpm(x, eps, call, here, there):
+        nonlocal memory
+        x, memory = dpm_step(x, eps, abar[here], abar[there], memory)
+        return x
+
+    if settings.few_step:
+        return consistency
+    return ddim if settings.solver == 'ddim' else dpm
 
 # %% ../../nbs/method/denoising.ipynb #3d0cafc3
 @torch.inference_mode()
