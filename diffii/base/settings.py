@@ -570,14 +570,16 @@ OTHER_SAMPLING = ('guidance_scale', 'guided', 'solver', 'stride', 'steps')
 @patch(cls_method=True)
 def suited(cls: SamplingSettings, usual: dict, given: dict) -> dict:
     """Recommended few-step weights, and the number of images that they are quick enough
-    for, are left out where other sampling or another method is given."""
+    for, are left out where other sampling or another method is given. Another method
+    spreads its images in its own way too."""
     asked = given.get('few_step')
     exact = any(given.get(name) is not None for name in OTHER_SAMPLING)
     other = given.get('method') not in (None, SamplingSettings.method)
     keep = not (exact or other) if asked is None else asked not in NO_FEW_STEP
+    left_out = ['spread'] if other else []
     if 'few_step' in usual and not keep:
-        usual = {k: v for k, v in usual.items() if k not in ('few_step', 'expansion')}
-    return usual
+        left_out += ['few_step', 'expansion']
+    return {k: v for k, v in usual.items() if k not in left_out}
 
 # %% ../../nbs/base/settings.ipynb #5e6a85a3
 @patch(as_prop=True)

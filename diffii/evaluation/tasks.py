@@ -298,7 +298,8 @@ class Condition:
 
 
 PAPER_SPLIT = {5: 0.3, 10: 0.1}  # split ratio by shots, Section 4.1 of the paper
-PAPER = dict(expansion=5, noise_share=0.0, few_step='none')  # under every condition
+# under every condition
+PAPER = dict(expansion=5, noise_share=0.0, few_step='none', spread='own')
 PAPER_CONCEPTS = dict(with_words=False)  # the paper's prompts have tokens alone
 
 
