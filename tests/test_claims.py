@@ -154,8 +154,11 @@ def test_the_claims_follow_from_the_committed_cells():
     assert all(c.family for c in claims)
     assert len(claim_table(claims)) == 8
     assert len(comparison_table(claims)) == sum(len(c.family) for c in claims)
-    ticks = [t.get_text() for t in plot_claims(claims).axes[0].get_yticklabels()]
-    assert ticks == [f'({c.letter}) {c.verdict}' for c in claims]
+    panels = plot_claims(claims).axes
+    assert sum(len(ax.get_yticks()) for ax in panels) == len(comparison_table(claims))
+    titles = [ax.get_title(loc='left') for ax in panels]
+    for c in claims:
+        assert f'({c.letter}) {c.text}: {c.verdict}' in titles
 
 
 def test_a_sweep_that_has_only_begun_compares_nothing():

@@ -340,7 +340,7 @@ class ModelSettings(Group):
 LR_SCHEDULES = ('constant', 'linear', 'cosine')
 LEARNED = ('none', 'tokens', 'tokens+lora')
 
-
+# %% ../../nbs/base/settings.ipynb #7be0a4d1
 @dataclass
 class ConceptSettings(Group):
     """Concept learning. The defaults are the paper's (arXiv 2408.16266, Section 4),
@@ -776,20 +776,6 @@ class Settings:
             self.concepts = replace(self.concepts, flip=False)
             self.inversion = replace(self.inversion, flip=False)
 
-    @property
-    def learned(self) -> str:
-        "What is learned of the categories, one of `LEARNED`."
-        return self.concepts.learn or METHODS[self.sampling.method].learn
-
-    def for_images(self, images):
-        """The same, once it is known of the images whether their categories are learned:
-        tokens of a category with very few images learn what stands around it too."""
-        c = self.concepts
-        asked = c.learn or self.run.concepts or not c.with_words
-        if asked or not images.words or min(images.counts) >= c.learn_from:
-            return self
-        return replace(self, concepts=replace(c, learn='none'))
-
     @classmethod
     def of(
         cls,
@@ -811,6 +797,23 @@ class Settings:
         return cls(
             **{k: kind.of(pipe, metaclass, **given[k]) for k, kind in kinds.items()}
         )
+
+# %% ../../nbs/base/settings.ipynb #c91d55e0
+@patch(as_prop=True)
+def learned(self: Settings) -> str:
+    "What is learned of the categories, one of `LEARNED`."
+    return self.concepts.learn or METHODS[self.sampling.method].learn
+
+
+@patch
+def for_images(self: Settings, images) -> Settings:
+    """The same, once it is known of the images whether their categories are learned:
+    tokens of a category with very few images learn what stands around it too."""
+    c = self.concepts
+    asked = c.learn or self.run.concepts or not c.with_words
+    if asked or not images.words or min(images.counts) >= c.learn_from:
+        return self
+    return replace(self, concepts=replace(c, learn='none'))
 
 # %% ../../nbs/base/settings.ipynb #76634f63
 def group_kinds(cls: type) -> dict:  # name of the group -> its class

@@ -282,7 +282,7 @@ def plot_claims(claims: list):  # -> matplotlib Figure
         points[-1].set_xlabel('difference in accuracy, points', fontsize=7)
     return fig
 
-
+# %% ../../nbs/evaluation/claims.ipynb #3d7a10c2
 def _panels(claims):
     "For each claim and unit of its comparisons: title, unit ('' for points), family."
     found = {}

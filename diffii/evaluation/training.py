@@ -514,7 +514,9 @@ def train_missing(c: TrainingComparison):
 
     def report(number, done=0, of=1):
         "Steps of all classifiers, where that of a number has done its share."
-        c.progress('classifiers', number * steps + done * steps // of, len(jobs) * steps)
+        c.progress(
+            'classifiers', number * steps + done * steps // of, len(jobs) * steps
+        )
 
     for number, job in enumerate(jobs):
         if c.file(*job).is_file():
