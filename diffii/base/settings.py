@@ -353,8 +353,7 @@ class ConceptSettings(Group):
     learn: str | None = setting(None, choices=LEARNED, aside=True)
     # where a category with words has fewer images than that, words alone call all of them
     learn_from: int = setting(1, least=1, aside=True)
-    # learned tokens for each category
-    n_tokens: int = setting(1, option='tokens', least=0)
+    n_tokens: int = setting(1, option='tokens', least=0)  # tokens of each category
     rank: int = setting(10, least=0)  # rank of the LoRA; 0 learns tokens only
     steps: int = setting(35000, option='concept-steps', least=0)  # optimizer steps
     # images for one step, over all processes
@@ -367,8 +366,7 @@ class ConceptSettings(Group):
     # compute activations again in the backward pass, which takes less memory and a third
     # more time; turned on by itself where memory runs out
     checkpointing: bool = setting(False, aside=True)
-    # learning rate of the LoRA
-    lr: float = setting(5e-5, option='concept-lr', above=0)
+    lr: float = setting(5e-5, option='concept-lr', above=0)  # learning rate of the LoRA
     token_lr: float = setting(5e-5, above=0)  # learning rate of the tokens
     # of both rates: constant, or down to zero over the steps
     lr_schedule: str = setting('constant', choices=LR_SCHEDULES)
