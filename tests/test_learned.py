@@ -10,7 +10,7 @@ from small_runs import GIVEN, SUFFIXES, few_birds
 
 from diffii.base.files import UserError
 from diffii.base.pipeline import load_pipeline
-from diffii.base.settings import Settings
+from diffii.base.settings import SamplingSettings, Settings
 from diffii.evaluation.tasks import configuration
 from diffii.method.concepts import named_concepts
 from diffii.run.folders import RunFolder
@@ -176,3 +176,11 @@ def test_the_command_says_that_words_call_the_categories(tmp_path, say):
     assert found.code == 0
     assert 'crow has fewer than 5 images: words call the categories' in found.out
     assert len(load_synthetic(out)) == 2
+
+
+def test_birds_are_spread_evenly_and_other_methods_spread_their_own_way(pipe):
+    assert SamplingSettings.of(pipe, 'bird').spread == 'even'
+    assert SamplingSettings.of(pipe, 'bird', method='diff-ii').spread == 'even'
+    assert SamplingSettings.of(pipe, 'bird', guidance_scale=3).spread == 'even'
+    assert SamplingSettings.of(pipe, 'bird', method='diff-mix').spread == 'own'
+    assert SamplingSettings.of(pipe, 'digit').spread == 'own'
