@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from small_runs import GIVEN, SUFFIXES, few_birds
+from small_runs import GIVEN, SUFFIXES, few_birds, hardly_learned
 
 from diffii.base.files import UserError
 from diffii.base.pipeline import load_pipeline
@@ -184,3 +184,11 @@ def test_birds_are_spread_evenly_and_other_methods_spread_their_own_way(pipe):
     assert SamplingSettings.of(pipe, 'bird', guidance_scale=3).spread == 'even'
     assert SamplingSettings.of(pipe, 'bird', method='diff-mix').spread == 'own'
     assert SamplingSettings.of(pipe, 'digit').spread == 'own'
+
+
+def test_given_concepts_and_nothing_to_learn_are_not_both(tmp_path, pipe, birds):
+    learned = hardly_learned(pipe, birds)
+    settings = Settings.of(pipe, 'bird', **NAMED)
+    with pytest.raises(UserError, match='--concepts: with --learn none'):
+        synthesize(pipe, birds, tmp_path / 'out', settings, SUFFIXES, learned)
+    assert not (tmp_path / 'out').exists()

@@ -297,6 +297,8 @@ def _check_folders(classes):
 
 def _check_given(run, concepts):
     "Given concepts are of the method's kind, the same categories and the same model."
+    text = '--concepts: with --learn none they would not be used; leave one of them out'
+    require(run.settings.concepts.learn != 'none', text)
     alone = run.settings.learned == 'tokens'
     method = run.settings.sampling.method
     text = f'--concepts: {method} learns tokens alone, these have a LoRA; learn'
