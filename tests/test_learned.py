@@ -68,7 +68,6 @@ def test_what_cannot_be_learned_is_named():
 def test_a_run_that_learns_nothing_calls_categories_by_their_words(made, pipe, birds):
     assert len(made) == 12
     assert not RunFolder(made.folder).concepts.exists()
-    assert not (made.folder / 'concepts').exists()
     about = RunFolder(made.folder).about()
     assert about['concepts'] is None
     assert about['words'] == list(WORDS)

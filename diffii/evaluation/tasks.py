@@ -18,9 +18,8 @@ from pathlib import Path
 from ..base.files import require
 from ..base.methods import get_method
 from ..base.settings import FAST, ClassifierSettings, ConceptSettings
-from ..base.settings import DataSettings
-from ..base.settings import InversionSettings, SamplingSettings, TrialSettings
-from ..base.settings import read_value, specs
+from ..base.settings import DataSettings, InversionSettings, SamplingSettings
+from ..base.settings import TrialSettings, read_value, specs
 from ..data.sets import DataSet, deal, shipped_set
 
 # %% ../../nbs/evaluation/tasks.ipynb #a99ceed2

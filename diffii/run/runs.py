@@ -614,7 +614,8 @@ def synthesize(
     """Make synthetic images of every category, by Diff-II or another of `METHODS`.
     Raises `UserError` for input that cannot be used, before anything is written."""
     settings = settings or Settings.of(pipe, images.metaclass)
-    settings = settings if concepts else settings.for_images(images)
+    if concepts is None:
+        settings = settings.for_images(images)
     progress = reporter(progress)
     suffixes, _ = run_suffixes(settings, images, out, progress, suffixes)
     run = Run(pipe, images, RunFolder(out), settings, list(suffixes), progress)
