@@ -20,16 +20,23 @@ def test_a_rehearsal_runs_every_check_that_a_cpu_can(no_gpu, capsys, tmp_path):
     file = tmp_path / 'table.json'
 
     code = gpu_check.main(
-        ['--rehearse', '--batch', '4', '--steps', '2', '--out', str(file)]
+        ['--rehearse', '--batch', '4', '--steps', '4', '--out', str(file)]
     )
 
     said = capsys.readouterr().out
     assert code == 0, said
     assert 'FAILED' not in said and 'all is well' in said
     assert said.count('needs CUDA') == 2 * 4
-    rows = json.loads(file.read_text())['rows']
-    assert [row['procedure'] for row in rows] == ['published', 'diffii'] * 2
-    assert all(row['images_per_second'] > 0 and row['share'] > 0 for row in rows)
+    found = json.loads(file.read_text())
+    rows = found['rows']
+    names = ['published', 'diffii', 'diffii, 4 calls']
+    assert [row['procedure'] for row in rows] == names * 2
+    assert all(row[name] > 0 for row in rows for name in ('inverted', 'made', 'share'))
+    assert [run['images'] for run in found['runs']] == [8, 8]
+    assert all(
+        run['planned_seconds'] > 0 and run['seconds'] > 0 for run in found['runs']
+    )
+    assert len(found['checks']) == 2 * len(gpu_check.CHECKS)
 
 
 def test_what_fails_is_named_and_counted(monkeypatch):

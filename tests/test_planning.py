@@ -468,6 +468,67 @@ def test_timed_batches_leave_the_model_as_it_was(kind, monkeypatch):
     assert all(p.grad is None for net in networks for p in net.parameters())
 
 
+def test_the_time_of_moving_networks_is_not_that_of_a_batch(monkeypatch):
+    "On a GPU text encoders and autoencoder come and go; SDXL's plan was ten times too long."
+    pipe = models.load(models.checkpoint('sd1'))
+    settings = Settings.of(pipe, 'tree', sampling=dict(method='gif'))
+    pipe.offload, away, during = True, [], []
+    bring = Pipeline._bring
+
+    def counted(self, part, device):
+        if device == 'cpu':  # a name: the device at work is a torch.device
+            away.append(part)
+        bring(self, part, device)
+
+    def twice(call, most):
+        call(1)
+        away.clear()
+        call(1)
+        during.extend(away)
+        return 1
+
+    monkeypatch.setattr(Pipeline, '_bring', counted)
+    monkeypatch.setattr(planning, 'seconds_per_image', twice)
+    planning.time_stages(pipe, settings)
+
+    assert 'vae' in away  # once, at the end
+    assert during.count('vae') == 0
+
+
+# ---- half precision
+
+
+def test_norms_are_counted_in_32_bits_and_products_in_16():
+    nets = {
+        'conv': (torch.nn.Conv2d, (4, 4, 1), torch.float16),
+        'norm': (torch.nn.GroupNorm, (2, 4), torch.float32),
+    }
+    with planning.on_meta(torch.float16):
+        x = torch.zeros(1, 4, 2, 2)
+        for kind, given, expected in nets.values():
+            with planning.mixed_precision():
+                assert kind(*given)(x.float()).dtype == expected
+                assert kind(*given)(x).dtype == expected
+        rows = torch.zeros(3, 4)
+        with planning.mixed_precision():
+            assert torch.nn.LayerNorm(4)(rows).dtype == torch.float32
+            assert torch.nn.Linear(4, 2)(rows.float()).dtype == torch.float16
+        assert torch.nn.LayerNorm(4)(rows).dtype == torch.float16
+
+
+def test_a_step_in_half_precision_takes_more_than_half_of_one_in_full(pipe):
+    config = dict(pipe.unet.config)
+    peaks = {}
+    for dtype in (torch.float16, torch.float32):
+        with planning.on_meta(dtype):
+            unet = type(pipe.unet).from_config(config)
+            planning.with_lora(unet, 2)
+            peaks[dtype] = planning.peak_of_call(unet, learning=True)
+
+    share = peaks[torch.float16] / peaks[torch.float32]
+    assert 0.55 < share < 0.9
+
+
 # ---- the whole plan
 
 

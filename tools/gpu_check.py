@@ -1,10 +1,11 @@
 """What only a GPU can tell, in about ten minutes on one CUDA device.
 
 Stable Diffusion 1.5 and SDXL are built at their true size with random weights, so that
-nothing is fetched. Each check prints a line; then comes a table of images per second for
-the published procedure (one image at a time) and for this package's, with the U-Net's
-share and the peak of memory. The exit code is 1 where a check failed, and 3 where there
-is no GPU.
+nothing is fetched. Each check prints a line; then a whole run, from concepts to files, is
+planned and made. Two tables follow: what the plans said and what the runs took; and
+images per second for the published procedure (one image at a time) and for this
+package's, at exact settings and in four calls, with the U-Net's share and the peak of
+memory. The exit code is 1 where a check failed, and 3 where there is no GPU.
 
     python tools/gpu_check.py [--out table.json] [--batch 8] [--only 'SD 1.5']
     python tools/gpu_check.py --rehearse    # small networks on the CPU: does it run?
@@ -19,7 +20,9 @@ import tempfile
 import time
 import traceback
 import warnings
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,13 +44,16 @@ from diffii.base.settings import (  # noqa: E402
     InversionSettings,
     ModelSettings,
     SamplingSettings,
+    Settings,
 )
 from diffii.evaluation.speed import covered, unet_clock  # noqa: E402
-from diffii.method.concepts import learn_concepts, named_concepts  # noqa: E402
+from diffii.method.concepts import learn_concepts, lora_config, named_concepts  # noqa: E402
 from diffii.method.denoising import two_stage_denoise  # noqa: E402
+from diffii.method.few_step import FewStep  # noqa: E402
 from diffii.method.inversion import ddim_invert  # noqa: E402
 from diffii.run.filters import distances  # noqa: E402
-from diffii.run.planning import UNETS, model_memory  # noqa: E402
+from diffii.run.planning import UNETS, model_memory, plan_run  # noqa: E402
+from diffii.run.runs import synthesize  # noqa: E402
 
 GIB = 2**30
 NO_GPU = 3  # exit code
@@ -219,52 +225,156 @@ def learn(pipe, images, steps=2, **given):
         pipe.vae_batch = before
 
 
-def sample(pipe, n: int, steps: int):
-    "Images of `n` noises, all in one call of the sampler."
-    settings = SamplingSettings(split_ratio=0.0, steps=steps)
-    noise = torch.randn(
-        n, *pipe.latent_shape, generator=torch.Generator().manual_seed(0)
+def random_noise(pipe, *shape):
+    return torch.randn(
+        *shape, *pipe.latent_shape, generator=torch.Generator().manual_seed(0)
     )
+
+
+def sample(pipe, n: int, steps: int, **given):
+    "Images of `n` noises, all in one call of the sampler."
+    settings = SamplingSettings(split_ratio=0.0, steps=steps, **given)
     plain = pipe.encode_prompts(['a photo of a tree'] * n)
-    return pipe.decode_latents(two_stage_denoise(pipe, noise, plain, settings=settings))
+    fresh = random_noise(pipe, settings.few_steps - 1, n) if settings.few_step else None
+    made = two_stage_denoise(
+        pipe, random_noise(pipe, n), plain, settings=settings, fresh=fresh
+    )
+    return pipe.decode_latents(made)
 
 
 def invert(pipe, images, steps: int):
     "Inversions of images, all in one call."
-    latents = pipe.encode_images(images)
+    latents = pipe.encode_images([images.open(i) for i in range(len(images))])
     cond = pipe.encode_prompts(['a photo of a tree'] * len(images))
     return ddim_invert(pipe, latents, cond, InversionSettings(steps=steps))
 
 
-def made_one_by_one(pipe, images, steps):
-    "The published procedure: prompts and U-Net for one image at a time."
+@contextmanager
+def one_at_a_time(pipe):
+    "A batch of one image, whose two prompts go through the U-Net together."
     before, pipe.micro_batch = pipe.micro_batch, 2
-    for i in range(len(images)):
-        pipe.cache.clear()
-        invert(pipe, [images.open(i)], steps)
-        sample(pipe, 1, steps)
-    pipe.micro_batch = before
+    try:
+        yield
+    finally:
+        pipe.micro_batch = before
 
 
-def made_together(pipe, images, steps):
+class Published:
+    "The published procedure: prompts and U-Net for one image at a time."
+
+    name, batch = 'published', 1
+
+    def ready(self, pipe):
+        "A block in which the model is ready to sample."
+        return nullcontext()
+
+    def invert(self, pipe, images, steps):
+        with one_at_a_time(pipe):
+            for i in range(len(images)):
+                pipe.cache.clear()
+                invert(pipe, images.subset([i]), steps)
+
+    def sample(self, pipe, images, steps):
+        with one_at_a_time(pipe):
+            for _ in range(len(images)):
+                pipe.cache.clear()
+                sample(pipe, 1, steps)
+
+
+class Together:
     "This package's: prompts once, batches as large as memory has room for."
-    pipe.cache.clear()
-    invert(pipe, [images.open(i) for i in range(len(images))], steps)
-    sample(pipe, len(images), steps)
+
+    def __init__(self, name, batch, **given):
+        self.name, self.batch, self.given = name, batch, given
+
+    def ready(self, pipe):
+        "A block in which few-step weights, where it samples with them, are in the model."
+        few_step = self.given.get('few_step')
+        return random_few_step(pipe).attached(pipe) if few_step else nullcontext()
+
+    def invert(self, pipe, images, steps):
+        pipe.cache.clear()
+        invert(pipe, images, steps)
+
+    def sample(self, pipe, images, steps):
+        sample(pipe, len(images), steps, **self.given)
+
+
+def random_few_step(pipe) -> FewStep:
+    "A LoRA of the size of published few-step weights, with random numbers in it."
+    from peft import get_peft_model_state_dict
+
+    others = list(getattr(pipe.unet, 'peft_config', {}))
+    pipe.unet.add_adapter(lora_config(64), adapter_name='shape')
+    shapes = get_peft_model_state_dict(pipe.unet, adapter_name='shape')
+    lora = {k: 1e-3 * torch.randn(v.shape) for k, v in shapes.items()}
+    pipe.unet.delete_adapters('shape')
+    if others:
+        pipe.unet.set_adapters(others)
+    return FewStep('random', lora)
+
+
+def seconds_of(pipe, work) -> float:
+    "How long a function takes, to the end of what it asked of the device."
+    wait(pipe)
+    began = time.perf_counter()
+    work()
+    wait(pipe)
+    return time.perf_counter() - began
+
+
+def clocked(pipe, work, images, steps) -> tuple:  # (seconds, those of the U-Net)
+    work(pipe, images, 4)  # warms up
+    with unet_clock(pipe) as calls:
+        seconds = seconds_of(pipe, partial(work, pipe, images, steps))
+    return seconds, covered(calls)
 
 
 def timed(pipe, procedure, images, steps) -> dict:
     "Images per second, the U-Net's share, and the peak of memory."
-    procedure(pipe, images.subset([0]), 2)  # warms up
-    wait(pipe)
     start_peak(pipe)
-    began = time.perf_counter()
-    with unet_clock(pipe) as calls:
-        procedure(pipe, images, steps)
-        wait(pipe)
-    seconds = time.perf_counter() - began
-    share = covered(calls) / seconds
-    return dict(images_per_second=len(images) / seconds, share=share, peak=peak(pipe))
+    inverting, unet = clocked(pipe, procedure.invert, images, steps)
+    with procedure.ready(pipe):
+        sampling, more = clocked(pipe, procedure.sample, images, steps)
+    share = (unet + more) / (inverting + sampling)
+    speeds = dict(inverted=len(images) / inverting, made=len(images) / sampling)
+    return dict(speeds, share=share, peak=peak(pipe))
+
+
+# ---- a whole run
+
+
+def run_whole(name, pipe, images) -> dict:
+    "A run from concepts to files: what is planned, and what it takes."
+    settings = Settings.of(
+        concepts=dict(steps=20, batch_size=2), sampling=dict(expansion=2)
+    )
+    pipe.vae_batch = 1
+    plan = plan_run(pipe, images, settings)
+    start_peak(pipe)
+    with tempfile.TemporaryDirectory() as folder:
+        make = partial(synthesize, pipe, images, Path(folder) / 'run', settings)
+        work = partial(make, suffixes=['in the rain.'], progress=False)
+        seconds = seconds_of(pipe, work)
+    return dict(
+        model=name,
+        images=2 * len(images),
+        planned_seconds=sum(row['seconds'] for row in plan.work),
+        seconds=seconds,
+        planned_peak=max(row['bytes'] for row in plan.memory) / GIB,
+        peak=peak(pipe),
+    )
+
+
+def told_runs(runs) -> list:  # of lines of Markdown
+    "The table of whole runs."
+    lines = ['| model | images | planned, s | took, s | planned, GiB | peak, GiB |']
+    lines.append('|' + '---|' * 6)
+    for r in runs:
+        seconds = f'{r["planned_seconds"]:.0f} | {r["seconds"]:.0f}'
+        memory = f'{r["planned_peak"]:.1f} | {r["peak"]:.1f}'
+        lines.append(f'| {r["model"]} | {r["images"]} | {seconds} | {memory} |')
+    return lines
 
 
 # ---- checks: each returns what it found, in words, or raises
@@ -455,34 +565,43 @@ def run_checks(name, pipe, images, say=print) -> list:  # names of what failed
     return failed
 
 
+def procedures(batch) -> list:
+    return [
+        Published(),
+        Together('diffii', batch),
+        Together('diffii, 4 calls', batch, few_step='random', calls=4),
+    ]
+
+
 def run_table(name, pipe, images, batch, steps) -> list:  # of dicts
-    "Both procedures, timed; the published one on two images, since it has no batches."
+    "Every procedure, timed; the published one on two images, since it has no batches."
     few = images.subset(range(min(2, len(images))))
     concepts, _ = learn(pipe, images)
     rows = []
-    for title, procedure, own in (
-        ('published', made_one_by_one, few),
-        ('diffii', made_together, images),
-    ):
+    for procedure in procedures(batch):
+        own = few if procedure.batch == 1 else images
         with concepts.attached(pipe):  # with a LoRA, as in a real run
             found = timed(pipe, procedure, own, steps)
-        size = 1 if title == 'published' else batch
-        rows.append(dict(model=name, procedure=title, batch=size, **found))
+        rows.append(
+            dict(model=name, procedure=procedure.name, batch=procedure.batch, **found)
+        )
     return rows
 
 
 def told(rows) -> list:  # of lines of Markdown
     "The table for the page."
     lines = [
-        '| model | procedure | batch | images/s | times | U-Net share | peak, GiB |'
+        '| model | procedure | batch | inverted/s | made/s | times | U-Net share '
+        '| peak, GiB |'
     ]
-    lines.append('|' + '---|' * 7)
-    first = {r['model']: r['images_per_second'] for r in reversed(rows)}
+    lines.append('|' + '---|' * 8)
+    first = {r['model']: r['made'] for r in reversed(rows)}
     for r in rows:
-        times = r['images_per_second'] / first[r['model']]
-        numbers = f'{r["images_per_second"]:.3f} | {times:.1f} | {r["share"]:.0%}'
+        times = r['made'] / first[r['model']]
+        speeds = f'{r["inverted"]:.3f} | {r["made"]:.3f} | {times:.1f}'
         about = f'{r["model"]} | {r["procedure"]} | {r["batch"]}'
-        lines.append(f'| {about} | {numbers} | {r["peak"]:.1f} |')
+        share = f'{r["share"]:.0%}'
+        lines.append(f'| {about} | {speeds} | {share} | {r["peak"]:.1f} |')
     return lines
 
 
@@ -514,7 +633,12 @@ def main(argv=None) -> int:
         return NO_GPU
     device = 'cpu' if args.rehearse else 'cuda'
     sizes = small_sizes() if args.rehearse else TRUE
-    rows, failed = [], []
+    rows, runs, failed, said = [], [], [], []
+
+    def say(line):
+        print(line, flush=True)
+        said.append(line)
+
     print(
         f'{device_name(device)}; torch {torch.__version__}, CUDA {torch.version.cuda}'
     )
@@ -522,13 +646,16 @@ def main(argv=None) -> int:
         if args.only in (None, name):
             pipe = build(size, device, args.batch)
             images = images_of(pipe, args.batch)
-            failed += run_checks(name, pipe, images)
+            failed += run_checks(name, pipe, images, say)
             rows += run_table(name, pipe, images, args.batch, args.steps)
+            runs.append(run_whole(name, pipe, images))
             del pipe
-    print('', *told(rows), sep='\n')
+    print('', *told_runs(runs), '', *told(rows), sep='\n')
     if args.out:
         about = dict(device=device_name(device), torch=torch.__version__)
-        Path(args.out).write_text(json.dumps(dict(about, rows=rows), indent=1) + '\n')
+        Path(args.out).write_text(
+            json.dumps(dict(about, checks=said, runs=runs, rows=rows), indent=1) + '\n'
+        )
     print(f'\n{len(failed)} failed' if failed else '\nall is well')
     return 1 if failed else 0
 
