@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRODUCTS', 'NORMS', 'UNETS', 'CUDA_ITSELF', 'FILL', 'RECORDS', 'unet_calls', 'inverted_images', 'inversion_calls',
-           'guided_looks', 'LiveBytes', 'fused_attention', 'mixed_precision', 'on_meta', 'unet_inputs', 'with_lora',
+           'guided_looks', 'LiveBytes', 'fused_attention', 'on_meta', 'mixed_precision', 'unet_inputs', 'with_lora',
            'ModelMemory', 'peak_of_call', 'model_memory', 'Stage', 'stages', 'device_memory', 'room_of', 'advice',
            'seconds_per_image', 'time_stages', 'disk_bytes', 'made_images', 'free_bytes', 'check_room', 'RunPlan',
            'plan_run', 'check_fits']
@@ -142,6 +142,20 @@ def fused_attention():
         functional.scaled_dot_product_attention = before
 
 
+@contextmanager
+def on_meta(
+    dtype: torch.dtype,  # of new floats
+):
+    "A block whose new tensors have shapes and no content."
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device('meta'), fused_attention():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+# %% ../../nbs/run/planning.ipynb #a093e825
 PRODUCTS, NORMS = ('conv2d', 'linear'), ('group_norm', 'layer_norm')
 
 
@@ -172,20 +186,6 @@ def mixed_precision():
     finally:
         for name, function in before.items():
             setattr(functional, name, function)
-
-
-@contextmanager
-def on_meta(
-    dtype: torch.dtype,  # of new floats
-):
-    "A block whose new tensors have shapes and no content."
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device('meta'), fused_attention():
-            yield
-    finally:
-        torch.set_default_dtype(before)
 
 # %% ../../nbs/run/planning.ipynb #50dc785c
 def unet_inputs(unet, n: int) -> tuple:  # (positional arguments, arguments by name)
