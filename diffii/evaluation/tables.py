@@ -212,8 +212,7 @@ def known_rows(condition: str) -> list:
     "Configurations of the tasks, in the order of their tables."
     made = [c.name for c in (*ablation(), *remedies(), *fast(), *few_step())]
     usual = LONG_TAILED if condition.startswith('IF=') else FEW_SHOT
-    # 'diff-ii-even' is what kept cells of long tails call 'diff-ii + even'
-    return list(dict.fromkeys(['original', *usual, 'diff-ii-even', *made]))
+    return list(dict.fromkeys(['original', *usual, *made]))
 
 
 def base_of(
