@@ -188,6 +188,8 @@ def test_gains_are_over_the_original_set_wherever_it_stands(tmp_path):
         ('5-shot', ['diffii', 'diff-ii'], 'diff-ii'),
         ('IF=10', ['diff-ii', 'CMO', 'CE'], 'CE'),
         ('5-shot', ['split_ratio=0', 'split_ratio=1'], 'split_ratio=0'),
+        ('5-shot', ['diffii + words', 'original + steps=9'], 'original + steps=9'),
+        ('5-shot', ['original + cutmix', 'diffii'], 'diffii'),
     ],
 )
 def test_the_row_that_gains_are_over(condition, rows, base):
