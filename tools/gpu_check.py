@@ -57,6 +57,7 @@ from diffii.run.runs import synthesize  # noqa: E402
 
 GIB = 2**30
 NO_GPU = 3  # exit code
+WARM_UP = 4  # steps; the fewest in which four calls can be made
 PARTS = ('unet', 'vae', 'text_encoder', 'text_encoder_2')
 
 
@@ -262,7 +263,7 @@ def one_at_a_time(pipe):
 class Published:
     "The published procedure: prompts and U-Net for one image at a time."
 
-    name, batch = 'published', 1
+    name, batch, few = 'published', 1, True  # it has no batches: a few images will do
 
     def ready(self, pipe):
         "A block in which the model is ready to sample."
@@ -284,6 +285,8 @@ class Published:
 class Together:
     "This package's: prompts once, batches as large as memory has room for."
 
+    few = False
+
     def __init__(self, name, batch, **given):
         self.name, self.batch, self.given = name, batch, given
 
@@ -301,7 +304,7 @@ class Together:
 
 
 def random_few_step(pipe) -> FewStep:
-    "A LoRA of the size of published few-step weights, with random numbers in it."
+    "A LoRA of rank 64 on the attention, with random numbers in it."
     from peft import get_peft_model_state_dict
 
     others = list(getattr(pipe.unet, 'peft_config', {}))
@@ -324,7 +327,7 @@ def seconds_of(pipe, work) -> float:
 
 
 def clocked(pipe, work, images, steps) -> tuple:  # (seconds, those of the U-Net)
-    work(pipe, images, 4)  # warms up
+    work(pipe, images, WARM_UP)
     with unet_clock(pipe) as calls:
         seconds = seconds_of(pipe, partial(work, pipe, images, steps))
     return seconds, covered(calls)
@@ -574,12 +577,11 @@ def procedures(batch) -> list:
 
 
 def run_table(name, pipe, images, batch, steps) -> list:  # of dicts
-    "Every procedure, timed; the published one on two images, since it has no batches."
-    few = images.subset(range(min(2, len(images))))
+    "Every procedure, timed; the published one on two images."
     concepts, _ = learn(pipe, images)
     rows = []
     for procedure in procedures(batch):
-        own = few if procedure.batch == 1 else images
+        own = images.subset(range(min(2, len(images)))) if procedure.few else images
         with concepts.attached(pipe):  # with a LoRA, as in a real run
             found = timed(pipe, procedure, own, steps)
         rows.append(

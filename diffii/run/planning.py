@@ -161,25 +161,26 @@ PRODUCTS, NORMS = ('conv2d', 'linear'), ('group_norm', 'layer_norm')
 
 @contextmanager
 def mixed_precision():
-    "A block in which norms are counted in 32 bits, as autocast computes them."
+    """A block in which norms give 32 bits, and products the precision of their weights, as
+    under autocast."""
     functional = torch.nn.functional
     before = {name: getattr(functional, name) for name in (*PRODUCTS, *NORMS)}
 
-    def as_weights(product):
-        def in_their_precision(x, weight, *args, **named):
+    def in_weights_precision(product):
+        def cast(x, weight, *args, **named):
             return product(x.to(weight.dtype), weight, *args, **named)
 
-        return in_their_precision
+        return cast
 
-    def exact(norm):
-        def in_32_bits(*args, **named):
+    def in_32_bits(norm):
+        def cast(*args, **named):
             as_float = tree_map_only(torch.Tensor, torch.Tensor.float, (args, named))
             return norm(*as_float[0], **as_float[1])
 
-        return in_32_bits
+        return cast
 
     for name, function in before.items():
-        form = exact if name in NORMS else as_weights
+        form = in_32_bits if name in NORMS else in_weights_precision
         setattr(functional, name, form(function))
     try:
         yield
