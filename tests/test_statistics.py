@@ -133,6 +133,16 @@ def test_panels_share_one_axis():
     ]
 
 
+def test_a_long_name_takes_two_lines_beside_its_dot():
+    name = 'real-gen + few-step=own + expansion=20 + replacement=0.7'
+
+    fig = plot_comparisons({'one': decide([comparison('a', name, 0.01)])})
+
+    (label,) = fig.axes[0].get_yticklabels()
+    first, second = label.get_text().splitlines()
+    assert f'{first} {second}' == f'{name}: better'
+
+
 def test_trials_that_only_one_has_are_not_compared():
     cells = [dict(setting='s', row='a', trial=t, accuracy=t) for t in range(3)]
     cells += [dict(setting='s', row='b', trial=1, accuracy=0.0)]

@@ -6,6 +6,7 @@
 __all__ = ['ALPHA', 'MARGIN', 'COLOURS', 'Paired', 'paired', 'holm', 'verdict_of', 'Comparison', 'decide', 'plot_comparisons']
 
 # %% ../../nbs/evaluation/statistics.ipynb #0fe51b7c
+import textwrap
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -129,7 +130,8 @@ def plot_comparisons(
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     tallest = max(len(family) for family in panels.values())
-    letters = max(len(_line(c)) for family in panels.values() for c in family)
+    names = [_beside(c) for family in panels.values() for c in family]
+    letters = max(len(line) for name in names for line in name.splitlines())
     width = max(3.1, 1.2 + 0.058 * letters)
     size = (1.2 + width * columns, (0.8 + 0.24 * tallest) * rows)
     share = dict(sharex=True, squeeze=False, dpi=80, layout='constrained')
@@ -146,9 +148,9 @@ def plot_comparisons(
     return fig
 
 
-def _line(c):
-    "What stands beside the dot of a comparison."
-    return f'{c.other}: {c.verdict}'
+def _beside(c):
+    "What stands beside the dot of a comparison; long names take two lines."
+    return textwrap.fill(f'{c.other}: {c.verdict}', 44)
 
 
 def _draw_dots(ax, family):
@@ -157,5 +159,5 @@ def _draw_dots(ax, family):
         half = c.found.half if np.isfinite(c.found.half) else None
         colour = COLOURS[c.verdict]
         ax.errorbar(c.found.mean, i, xerr=half, fmt='o', ms=4, capsize=2, color=colour)
-    ax.set_yticks(range(len(family)), map(_line, family), fontsize=8)
+    ax.set_yticks(range(len(family)), map(_beside, family), fontsize=8)
     ax.set_ylim(len(family) - 0.5, -0.5)
