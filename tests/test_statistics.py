@@ -40,7 +40,12 @@ def test_a_paired_test_is_scipys():
 
 @pytest.mark.parametrize(
     'differences, p, half',
-    [([2.0], 1, np.inf), ([2.0, 2.0], 0, 0), ([0.0, 0.0, 0.0], 1, 0)],
+    [
+        ([2.0], 1, np.inf),
+        ([2.0, 2.0], 0.5, 0),
+        ([3.0] * 5, 1 / 16, 0),
+        ([0.0] * 3, 1, 0),
+    ],
 )
 def test_differences_that_do_not_vary(differences, p, half):
     found = paired(differences)

@@ -34,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / 'tests'))
 import small_models  # noqa: E402  the vocabulary of CLIP, and schedules
 
 from diffii.base.batches import Prepare  # noqa: E402
-from diffii.base.checkpoints import best_precision, set_arithmetic  # noqa: E402
+from diffii.base.checkpoints import best_precision, device_name  # noqa: E402
+from diffii.base.checkpoints import set_arithmetic  # noqa: E402
 from diffii.base.features import lpips_model  # noqa: E402
 from diffii.base.files import UserError  # noqa: E402
 from diffii.base.images import ImageSet  # noqa: E402
@@ -616,10 +617,6 @@ def small_sizes() -> dict:
         'small SD': Size('sd1', unets['sd1'], (8, 16), (one,), 16),
         'small XL': Size('xl', unets['xl'], (8, 16), (two, (40, 2, 4, 32, 'gelu')), 16),
     }
-
-
-def device_name(device) -> str:
-    return torch.cuda.get_device_name(device) if device == 'cuda' else 'CPU, rehearsal'
 
 
 def main(argv=None) -> int:

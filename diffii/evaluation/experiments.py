@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..base.checkpoints import device_name
 from ..base.files import folder_name, require, save_png
 from ..base.images import check_classes
 from ..base.pictures import grid
@@ -428,13 +429,14 @@ def run_cell(e: Experiment, condition, configuration, trial: int) -> dict:
         cell |= dict(n_train=len(train), n_test=len(test), n_synthetic=n_made)
         cell |= measure(e, made, test) if n_made > 1 else {}
     before = cell.get('seconds', 0)
+    devices = sorted({*cell.get('devices', []), device_name(e.pipe.device)})
     scores = list(cell.get('classifiers', []))
     stage = f'{condition.name} {trial}: {configuration.name}, classifiers'
     for c in range(len(scores), e.settings.trials.classifiers):
         e.progress(stage, c, e.settings.trials.classifiers)
         of_cell = condition, configuration, trial, c
         scores.append(train_one(e, *of_cell, (train, test, made)))
-        cell |= mean_scores(scores) | dict(classifiers=scores)
+        cell |= mean_scores(scores) | dict(classifiers=scores, devices=devices)
         write_record(file, cell | dict(seconds=before + time.time() - began))
     e.progress(stage, len(scores), len(scores))
     return read_record(file, Cell, RUN_AGAIN)

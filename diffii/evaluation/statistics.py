@@ -35,8 +35,9 @@ def paired(
     found, n = spread(differences), len(differences)
     if n == 1:
         return Paired(found.mean, float('inf'), 1.0, n)
-    if found.sd == 0:  # every trial has the same difference
-        return Paired(found.mean, 0.0, float(found.mean == 0), n)
+    if found.sd == 0:  # no spread, so no t: the sign test's p instead
+        p = 2.0 ** (1 - n) if found.mean else 1.0
+        return Paired(found.mean, 0.0, p, n)
     p = stats.ttest_1samp(differences, 0).pvalue
     return Paired(found.mean, found.ci95, float(p), n)
 
