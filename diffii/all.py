@@ -30,12 +30,13 @@ from .data.digits import digit_suffixes, digits_set
 from .data.paper_sets import DATASETS, paper_dataset
 from .data.sets import DataSet, shipped_set
 from .method.classifier import evaluate, train_classifier
-from .method.concepts import Concepts, learn_concepts, named_concepts
+from .method.concepts import Concepts, named_concepts
 from .method.denoising import two_stage_denoise
 from .method.diffusion import ddim_grid, ddim_step
 from .method.few_step import FewStep, open_few_step
 from .method.interpolation import draw_pairs, draw_strength, slerp
 from .method.inversion import InversionPool, ddim_invert, invert_images, latent_stats
+from .method.learning import learn_concepts
 from .method.suffixes import (
     captions_of,
     make_suffixes,

@@ -41,6 +41,6 @@ def fake_stages(learning=False):
         patch.setattr(pools, 'invert_groups', fake_inversions)
         if not learning:
             patch.setattr(Concepts, 'attached', lambda self, pipe: nullcontext())
-        for module in ('run.runs', 'run.review', 'method.concepts'):
+        for module in ('run.runs', 'run.review', 'method.concepts', 'method.learning'):
             patch.setattr(f'diffii.{module}.model_digest', lambda pipe: 'abcdef01-3c00')
         yield patch

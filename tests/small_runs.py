@@ -4,7 +4,7 @@ from diffii.base.images import few_shot
 from diffii.base.methods import METHODS
 from diffii.base.settings import ConceptSettings
 from diffii.data.aviary import VALIDATION, aviary_set
-from diffii.method.concepts import learn_concepts
+from diffii.method.learning import learn_concepts
 
 # methods that make images with the shipped model
 MAKING = [m for m, about in METHODS.items() if about.start not in ('nothing', 'edit')]

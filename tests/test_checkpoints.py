@@ -17,7 +17,7 @@ from small_models import KINDS, TREES
 from diffii.base.files import UserError
 from diffii.base.pipeline import Pipeline, model_digest, same_model
 from diffii.base.settings import InversionSettings, SamplingSettings
-from diffii.method.concepts import learn_concepts, sample_row, start_embeddings
+from diffii.method.learning import learn_concepts, sample_row, start_embeddings
 from diffii.method.denoising import two_stage_denoise
 from diffii.method.inversion import invert_images
 

@@ -20,7 +20,8 @@ from small_models import (
 from diffii.base.files import UserError
 from diffii.base.pipeline import model_digest
 from diffii.base.settings import ConceptSettings
-from diffii.method.concepts import Concepts, learn_concepts, named_concepts
+from diffii.method.concepts import Concepts, named_concepts
+from diffii.method.learning import learn_concepts
 from diffii.base.loras import lora_to_peft, read_weights
 from diffii.run.concept_files import (
     FORMATS,

@@ -13,12 +13,10 @@ from diffii.base.pipeline import load_pipeline
 from diffii.base.seeds import generator
 from diffii.base.settings import ConceptSettings
 from diffii.data.digits import digits_set
-from diffii.method.concepts import (
-    Concepts,
-    ExtraEmbeddings,
+from diffii.method.concepts import Concepts, ExtraEmbeddings, named_concepts
+from diffii.method.learning import (
     LatentBatches,
     learn_concepts,
-    named_concepts,
     sample_row,
     start_embeddings,
 )

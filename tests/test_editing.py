@@ -9,7 +9,7 @@ from diffii.base.files import UserError
 from diffii.base.seeds import generator
 from diffii.base.settings import BenchmarkSettings, EditSettings, Settings
 from diffii.evaluation.experiments import benchmark
-from diffii.method.concepts import check_learning
+from diffii.method.learning import check_learning
 from diffii.method.editing import SIDES, fractal, join, mix
 from diffii.run.dropping import drop, refill
 from diffii.run.folders import RunFolder

@@ -10,7 +10,7 @@ from diffii.base.checkpoints import best_precision
 from diffii.base.pipeline import load_pipeline
 from diffii.base.seeds import seeded
 from diffii.base.settings import SamplingSettings
-from diffii.method.concepts import learn_concepts
+from diffii.method.learning import learn_concepts
 from diffii.method.denoising import two_stage_denoise
 
 import torch

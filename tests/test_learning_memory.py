@@ -12,7 +12,7 @@ from diffii.base.files import UserError, load_tensors, save_tensors
 from diffii.base.memory import kept_for_backward
 from diffii.base.processes import training_accelerator
 from diffii.base.settings import ConceptSettings
-from diffii.method.concepts import (
+from diffii.method.learning import (
     ConceptLearner,
     ConceptTraining,
     learn_concepts,

@@ -10,7 +10,8 @@ from small_models import TREES
 from diffii.base.files import UserError
 from diffii.base.pipeline import SEPARATE_MEMORY, Pipeline, load_pipeline
 from diffii.base.settings import SamplingSettings
-from diffii.method.concepts import learn_concepts, named_concepts
+from diffii.method.concepts import named_concepts
+from diffii.method.learning import learn_concepts
 from diffii.method.synthesis import make_plan
 from diffii.run.runs import make_or_redraw
 

@@ -9,7 +9,8 @@ from diffii.base.files import UserError
 from diffii.base.pipeline import load_pipeline
 from diffii.base.settings import ConceptSettings, InversionSettings
 from diffii.data.aviary import UNSEEN, aviary_set
-from diffii.method.concepts import learn_concepts, named_concepts
+from diffii.method.concepts import named_concepts
+from diffii.method.learning import learn_concepts
 from diffii.method.inversion import invert_images
 from diffii.run import pools
 from diffii.run.pools import build_pool, load_pool, save_pool

@@ -36,7 +36,7 @@ from diffii.data.sets import shipped_set
 from diffii.evaluation.long_tail import LONG_TAIL, long_tail_callbacks
 from diffii.evaluation.metrics import lpips_diversity
 from diffii.method.classifier import train_classifier
-from diffii.method.concepts import learn_concepts
+from diffii.method.learning import learn_concepts
 from diffii.method.denoising import two_stage_denoise
 from diffii.method.interpolation import slerp
 from diffii.method.inversion import invert_images

@@ -48,7 +48,8 @@ from diffii.base.settings import (  # noqa: E402
     Settings,
 )
 from diffii.evaluation.speed import covered, unet_clock  # noqa: E402
-from diffii.method.concepts import learn_concepts, lora_config, named_concepts  # noqa: E402
+from diffii.method.concepts import lora_config, named_concepts  # noqa: E402
+from diffii.method.learning import learn_concepts  # noqa: E402
 from diffii.method.denoising import two_stage_denoise  # noqa: E402
 from diffii.method.few_step import FewStep  # noqa: E402
 from diffii.method.inversion import ddim_invert  # noqa: E402

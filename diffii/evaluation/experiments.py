@@ -170,7 +170,7 @@ def learned_as(train, settings: Settings) -> str:
 # %% ../../nbs/evaluation/experiments.ipynb #98973854
 def trial_concepts(e: Experiment, condition, trial, train, settings: Settings):
     "The concepts of a trial, learned once for all that learn the same; None for names."
-    from diffii.method.concepts import learn_concepts
+    from diffii.method.learning import learn_concepts
 
     if settings.learned == 'none':
         return None
@@ -472,7 +472,7 @@ def _check_networks(e, condition, n_classes):
 
 def _check_images(e, condition, train):
     "Raise `UserError` where a configuration's images cannot be made."
-    from diffii.method.concepts import check_learning
+    from diffii.method.learning import check_learning
     from diffii.method.editing import check_model
     from diffii.method.few_step import open_few_step
 

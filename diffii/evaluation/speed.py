@@ -229,7 +229,7 @@ def learning(
 ) -> float:
     "Seconds of concept learning on so many training examples."
     from diffii.base.pipeline import load_pipeline
-    from diffii.method.concepts import learn_concepts
+    from diffii.method.learning import learn_concepts
 
     pipe = load_pipeline(model)
     steps = examples // batch_size

@@ -13,7 +13,8 @@ from ..base.files import IMAGES, require
 from ..base.pipeline import ROOMS, Pipeline, model_digest, same_model
 from ..base.records import inside, read_tensors
 from ..base.settings import ConceptSettings, EditSettings, GuideSettings
-from ..method.concepts import CheckpointNotes, Concepts
+from ..method.concepts import Concepts
+from ..method.learning import CheckpointNotes
 from ..method.few_step import open_few_step
 from ..method.synthesis import make_batch
 from .folders import AGAIN, RunFolder, iter_rows

@@ -35,14 +35,8 @@ from diffii.base.settings import (
     config_text,
     recommended_classifier,
 )
-from diffii.method.concepts import (
-    RELEARN,
-    Concepts,
-    check_learning,
-    learn_concepts,
-    named_concepts,
-    words_of,
-)
+from ..method.concepts import RELEARN, Concepts, named_concepts, words_of
+from ..method.learning import check_learning, learn_concepts
 from ..method.diffusion import ddim_grid
 from ..method.editing import check_model
 from ..method.few_step import FewStep, open_few_step
