@@ -445,7 +445,7 @@ INTERPOLATIONS = ('circle', 'inward', 'none')
 FAST = dict(guided=(0.0, 0.6), solver='dpm++', stride=3)
 NO_FEW_STEP = 'none', ''  # words for sampling without few-step weights
 # defaults of sampling with a model's own few-step weights, and with others; eight
-# calls, since four lose accuracy (sweeps of the results)
+# calls, since four lose accuracy on birds (fewer calls, of the results)
 FEW_STEP = dict(
     own=dict(calls=8, few_step_guidance=2.0, fresh_noise=0.0),
     others=dict(calls=8, few_step_guidance=1.0, fresh_noise=1.0),
