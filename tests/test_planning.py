@@ -448,10 +448,15 @@ def test_a_long_call_is_timed_once(clock):
     assert clock.calls == [slow, slow]
 
 
+LEARNED_AND_GUIDED = dict(
+    sampling=dict(method='gif'), concepts=dict(learn='tokens+lora')
+)
+
+
 @pytest.mark.parametrize('kind', ('sd1', 'xl'))
 def test_timed_batches_leave_the_model_as_it_was(kind, monkeypatch):
     pipe = models.load(models.checkpoint(kind))
-    settings = Settings.of(pipe, 'tree', sampling=dict(method='gif'))
+    settings = Settings.of(pipe, 'tree', **LEARNED_AND_GUIDED)
     before = models.weights(pipe)
 
     def once(call, most):
@@ -468,10 +473,45 @@ def test_timed_batches_leave_the_model_as_it_was(kind, monkeypatch):
     assert all(p.grad is None for net in networks for p in net.parameters())
 
 
+@pytest.mark.parametrize('given', (dict(learn='none'), dict(learn='tokens')))
+def test_a_step_is_timed_where_concepts_are_learned(given, monkeypatch):
+    pipe = models.load(models.checkpoint('sd1'))
+    monkeypatch.setattr(planning, 'seconds_per_image', lambda call, most: 1)
+
+    seconds = planning.time_stages(pipe, Settings.of(pipe, 'tree', concepts=given))
+
+    assert ('step' in seconds) == (given['learn'] != 'none')
+
+
+@pytest.mark.parametrize('asked', (False, True))
+def test_a_step_is_timed_in_the_memory_that_it_will_have(asked, monkeypatch):
+    pipe = models.load(models.checkpoint('sd1'))
+    seen = []
+
+    def timed(call, most):
+        seen.append(pipe.unet.is_gradient_checkpointing)
+        return 1
+
+    monkeypatch.setattr(planning, 'seconds_per_image', timed)
+    concepts = dict(learn='tokens', checkpointing=asked)
+    planning.time_stages(pipe, Settings.of(pipe, 'tree', concepts=concepts))
+
+    assert any(seen) == asked
+    assert not pipe.unet.is_gradient_checkpointing
+
+
+def test_a_step_that_does_not_fit_is_timed_with_checkpointing():
+    settings = Settings()
+    memory = [dict(stage='learning', change='--checkpointing --concept-micro-batch 1')]
+
+    assert planning._as_advised(settings, memory).concepts.checkpointing
+    assert planning._as_advised(settings, []) == settings
+
+
 def test_the_time_of_moving_networks_is_not_that_of_a_batch(monkeypatch):
     "Networks that wait on the CPU are not moved in a timed batch."
     pipe = models.load(models.checkpoint('sd1'))
-    settings = Settings.of(pipe, 'tree', sampling=dict(method='gif'))
+    settings = Settings.of(pipe, 'tree', **LEARNED_AND_GUIDED)
     pipe.offload, brought, away, during = True, [], [], []
     bring = Pipeline._bring
 
@@ -575,7 +615,7 @@ def test_the_plan_as_text_says_what_to_change(pipe, monkeypatch):
 
 
 def test_the_plan_of_a_guide_says_what_is_not_counted(pipe):
-    settings = Settings.of(pipe, 'tree', sampling=dict(method='gif'))
+    settings = Settings.of(pipe, 'tree', **LEARNED_AND_GUIDED)
 
     text = str(plan_run(pipe, TREES, settings, dict(SECONDS, look=0.04)))
 

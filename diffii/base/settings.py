@@ -803,6 +803,12 @@ def learned(self: Settings) -> str:
     return self.concepts.learn or METHODS[self.sampling.method].learn
 
 
+@patch(as_prop=True)
+def learns(self: Settings) -> bool:
+    "Does a run learn concepts, or has it none, or those that are given?"
+    return self.learned != 'none' and not self.run.concepts
+
+
 @patch
 def for_images(self: Settings, images) -> Settings:
     """The same, once it is known of the images whether their categories are learned:

@@ -34,6 +34,7 @@ from diffii.base.settings import (
 from ..method.concepts import lora_config
 from ..method.denoising import denoising_steps
 from ..method.diffusion import first_step
+from ..method.learning import recompute
 from .folders import N_SOURCES
 
 import psutil
@@ -344,8 +345,7 @@ def stages(pipe: Pipeline, settings: Settings, needed: ModelMemory) -> list:
     unet, batch = needed.unet + waiting, pipe.micro_batch
     trained = needed.unet + needed.lora + max(waiting, needed.text)
     found = [Stage('learning', trained, per, at_a_time, '--concept-micro-batch {n}')]
-    if settings.learned == 'none' or settings.run.concepts:
-        found = []
+    found = found if settings.learns else []
     if sampling.start == 'circle':
         found.append(Stage('inversion', unet, needed.call, batch, '--batch-size {n}'))
     found.append(Stage('sampling', unet, needed.call, batch, '--batch-size {n}'))
@@ -455,13 +455,10 @@ def timed_look(self: Pipeline, n: int):
 def time_stages(pipe: Pipeline, settings: Settings) -> dict:  # name -> seconds an image
     """A few timed batches of what each stage does. Networks that wait on the CPU are moved
     once for a stage, not in each batch, and prompts are encoded once."""
-    size = settings.concepts
-    share = min(size.batch_size, size.micro_batch or size.batch_size)
     blank = torch.zeros(1, *pipe.latent_shape)
-    found = dict(
-        step=seconds_per_image(pipe.timed_step, share),
-        call=seconds_per_image(pipe.timed_call, pipe.micro_batch),
-    )
+    found = dict(call=seconds_per_image(pipe.timed_call, pipe.micro_batch))
+    if settings.learns:
+        found['step'] = _seconds_of_learning(pipe, settings.concepts)
     with pipe.at_work('vae'):
         found['decoding'] = seconds_per_image(
             lambda n: pipe.decode_latents(blank.repeat(n, 1, 1, 1)), pipe.vae_batch
@@ -469,6 +466,16 @@ def time_stages(pipe: Pipeline, settings: Settings) -> dict:  # name -> seconds 
         if guided_looks(settings):
             found['look'] = seconds_per_image(pipe.timed_look, pipe.vae_batch)
     return found
+
+
+def _seconds_of_learning(pipe, concepts):
+    "Seconds of a step for each of its images, in as little memory as it will be made."
+    share = min(concepts.batch_size, concepts.micro_batch or concepts.batch_size)
+    recompute(pipe, concepts.checkpointing)
+    try:
+        return seconds_per_image(pipe.timed_step, share)
+    finally:
+        recompute(pipe, False)
 
 # %% ../../nbs/run/planning.ipynb #0b169497
 RECORDS = 2000  # bytes of the lines about an image, in plan, metadata and digests
@@ -561,10 +568,19 @@ def plan_run(
     memory = _memory(pipe, settings, needed, room)
     disk = disk_bytes(pipe, images, settings, needed.lora)
     free = free_bytes(settings.run.out)
-    seconds = seconds or time_stages(pipe, settings)
+    seconds = seconds or time_stages(pipe, _as_advised(settings, memory))
     about = dict(model=pipe.model, device=str(pipe.device), dtype=pipe.dtype_name)
     work = _work(pipe, images, settings, seconds)
     return RunPlan(work, memory, room, disk, free, about)
+
+
+def _as_advised(settings, memory):
+    "Settings with checkpointing, where learning does not fit without."
+    short = any('--checkpointing' in row['change'] for row in memory)
+    checkpointing = settings.concepts.checkpointing or short
+    return replace(
+        settings, concepts=replace(settings.concepts, checkpointing=checkpointing)
+    )
 
 # %% ../../nbs/run/planning.ipynb #9a437dfd
 def check_fits(pipe: Pipeline, settings: Settings):
@@ -592,7 +608,7 @@ def _work(pipe, images, settings, seconds):
     "Images, calls and seconds of each stage."
     concepts, sampling = settings.concepts, settings.sampling
     found = []
-    if settings.learned != 'none' and not settings.run.concepts:
+    if settings.learns:
         seen = concepts.steps * concepts.batch_size
         found.append(_stage('learning', seen, 3, seconds['step']))
     if sampling.start == 'circle':

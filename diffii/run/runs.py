@@ -291,10 +291,11 @@ def _check_folders(classes):
 
 def _check_given(run, concepts):
     "Given concepts are of the method's kind, the same categories and the same model."
-    text = '--concepts: with --learn none they would not be used; leave one of them out'
-    require(run.settings.concepts.learn != 'none', text)
-    alone = run.settings.learned == 'tokens'
     method = run.settings.sampling.method
+    why = '--learn none' if run.settings.concepts.learn else f'--method {method}'
+    text = f'--concepts: with {why} they would not be used; leave one of them out'
+    require(run.settings.learned != 'none', text)
+    alone = run.settings.learned == 'tokens'
     text = f'--concepts: {method} learns tokens alone, these have a LoRA; learn'
     require(not alone or not concepts.settings.rank, f'{text} others with --rank 0')
     text = (
@@ -611,11 +612,13 @@ def synthesize(
     if concepts is None:
         settings = settings.for_images(images)
     progress = reporter(progress)
-    suffixes, _ = run_suffixes(settings, images, out, progress, suffixes)
-    run = Run(pipe, images, RunFolder(out), settings, list(suffixes), progress)
-    check_run(run, concepts, pool)
-    if settings.sampling.few_step:
-        run.few_step = open_few_step(pipe, settings.sampling.few_step)
+    folder = RunFolder(out)
+    with tentative(folder.suffixes, folder.record):  # a captioner writes them
+        suffixes, _ = run_suffixes(settings, images, out, progress, suffixes)
+        run = Run(pipe, images, folder, settings, list(suffixes), progress)
+        check_run(run, concepts, pool)
+        if settings.sampling.few_step:
+            run.few_step = open_few_step(pipe, settings.sampling.few_step)
     with _taken(run, run.record(concepts)):
         _tidy(run)
         concepts = _concepts(run, concepts)
