@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -10,10 +11,12 @@ from small_models import checkpoint
 
 from diffii.base.files import UserError
 from diffii.base.records import write_record
+from diffii.method.few_step import own_weights
 from diffii.start.demo import (
     Demo,
     Job,
     demo,
+    open_demo,
     over_trials,
     run_job,
     work_on,
@@ -24,7 +27,7 @@ RESULTS = dict(
     data='digits',
     shots=1,
     real=1,
-    classes=['<script>alert(1)</script>'],
+    classes=['a'],
     metaclass='<b>bird',
     synthetic=1,
     model='tiny',
@@ -104,11 +107,27 @@ def test_wrong_options_are_refused_before_anything_is_written(tmp_path, wrong, n
     assert not (tmp_path / 'out').exists()
 
 
-def test_a_model_without_few_step_weights_is_refused_first(tmp_path):
-    with pytest.raises(UserError, match='--few-step own: no few_step.safetensors'):
-        demo(tmp_path / 'out', model=str(checkpoint('sd1')), few_step=True)
+def test_few_step_weights_of_another_model_are_refused_first(tmp_path):
+    model = shutil.copytree(checkpoint('sd1'), tmp_path / 'model')
+    shutil.copy(own_weights('tiny'), own_weights(str(model)))
+
+    with pytest.raises(UserError, match='--few-step own: .*another model'):
+        demo(tmp_path / 'out', model=str(model))
 
     assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(
+    'model, asked, used',
+    [('tiny', True, 'own'), ('tiny', False, None), ('sd1', True, None)],
+)
+def test_few_step_weights_are_taken_where_there_are_any(model, asked, used, tmp_path):
+    model = model if model == 'tiny' else str(checkpoint(model))
+    about = dict(data='digits', shots=2, quick=True, seed=0, model=model)
+
+    opened = open_demo(tmp_path, about | dict(few_step=asked), 1, None)
+
+    assert opened.settings(0).sampling.few_step == used
 
 
 def test_a_folder_of_other_files_is_left_alone(tmp_path):
@@ -247,3 +266,10 @@ def test_two_workers_do_every_job_once(begun):
 
     assert sorted(job.name for job in done) == sorted(j.name for j in demo.jobs())
     assert [job.trial for job in done[:4]] == [0, 1, 0, 1]
+
+
+def test_birds_whose_words_call_them_have_no_settings_of_learning(tmp_path):
+    found = demo(tmp_path / 'out', data='aviary', shots=2, quick=True)
+
+    assert not [name for name in found['settings'] if name.startswith('concepts')]
+    assert found['settings']['sampling: few_step'] == 'own'

@@ -96,10 +96,12 @@ def test_any_image_of_it_can_be_made_again(made, pipe):
     assert (made.folder / name).read_bytes() == before
 
 
-def test_a_run_that_learned_is_not_gone_on_with_by_one_that_does_not(made, pipe, birds):
+def test_a_run_that_learned_nothing_is_not_gone_on_with_by_one_that_learns(
+    made, pipe, birds
+):
     learning = dict(concepts=GIVEN['concepts'] | dict(learn='tokens+lora'))
     settings = Settings.of(pipe, 'bird', **GIVEN | learning)
-    with pytest.raises(UserError, match='concepts'):
+    with pytest.raises(UserError, match=r'other settings \(concepts: null then'):
         synthesize(pipe, birds, made.folder, settings, SUFFIXES, progress=False)
 
 
@@ -173,7 +175,7 @@ def test_the_command_says_that_words_call_the_categories(tmp_path, say):
     given = [*few.split(), '--words', words, '--out', out]
     found = say('augment', tmp_path / 'birds', *given)
     assert found.code == 0
-    assert 'crow has fewer than 5 images: words call the categories' in found.out
+    assert 'crow has fewer than 11 images: words call the categories' in found.out
     assert len(load_synthetic(out)) == 2
 
 
@@ -185,9 +187,18 @@ def test_birds_are_spread_evenly_and_other_methods_spread_their_own_way(pipe):
     assert SamplingSettings.of(pipe, 'digit').spread == 'own'
 
 
-def test_given_concepts_and_nothing_to_learn_are_not_both(tmp_path, pipe, birds):
+@pytest.mark.parametrize(
+    'named, why',
+    [
+        (NAMED, '--learn none'),
+        (GIVEN | dict(sampling=dict(method='real-gen')), '--method real-gen'),
+    ],
+)
+def test_given_concepts_and_nothing_to_learn_are_not_both(
+    named, why, tmp_path, pipe, birds
+):
     learned = hardly_learned(pipe, birds)
-    settings = Settings.of(pipe, 'bird', **NAMED)
-    with pytest.raises(UserError, match='--concepts: with --learn none'):
+    settings = Settings.of(pipe, 'bird', **named)
+    with pytest.raises(UserError, match=f'--concepts: with {why}'):
         synthesize(pipe, birds, tmp_path / 'out', settings, SUFFIXES, learned)
     assert not (tmp_path / 'out').exists()

@@ -32,7 +32,7 @@ class Demo:
     "One demo: where it is kept, what is asked for, its images and its model."
 
     out: Path
-    about: dict  # data, shots, quick, seed, model, and perhaps few_step
+    about: dict  # data, shots, quick, seed, model, few_step
     trials: int
     progress: Progress
     images: object  # DataSet
@@ -51,6 +51,14 @@ class Demo:
     def seed(self, t: int) -> int:
         return self.about['seed'] + t
 
+    @property
+    def few_step(self) -> str:
+        "The model's own few-step weights, where it has any and they are asked for."
+        from diffii.method.few_step import own_weights
+
+        there = own_weights(self.about['model']).is_file()
+        return 'own' if self.about['few_step'] and there else 'none'
+
 
 def open_demo(out, about: dict, trials: int, progress) -> Demo:
     "Load images and model. Raises `UserError` for what cannot be."
@@ -64,9 +72,10 @@ def open_demo(out, about: dict, trials: int, progress) -> Demo:
         few_shot(images.pool, about['shots'], seed + t)[0] for t in range(trials)
     ]
     pipe = load_pipeline(about['model'])
-    if about.get('few_step'):
-        open_few_step(pipe, 'own')  # tells at once where there are none
-    return Demo(Path(out), about, trials, progress, images, samples, pipe)
+    opened = Demo(Path(out), about, trials, progress, images, samples, pipe)
+    if opened.few_step == 'own':
+        open_few_step(pipe, 'own')  # tells at once where they are of another model
+    return opened
 
 # %% ../../nbs/start/demo.ipynb #247bd980
 @dataclass(frozen=True)
@@ -118,7 +127,7 @@ def settings(self: Demo, t: int) -> Settings:
     from diffii.evaluation.tasks import PLAIN
 
     about, metaclass = self.about, self.samples[t].metaclass
-    given = dict(sampling=dict(few_step='own') if about.get('few_step') else {})
+    given = dict(sampling=dict(few_step=self.few_step))
     if about['quick']:
         given['concepts'] = dict(steps=20, batch_size=8)
         given['inversion'] = PLAIN
@@ -272,18 +281,18 @@ def demo(
     out: str = 'diffii-demo',  # output folder: new, empty, or of the same demo
     data: str = 'digits',  # digits or aviary
     shots: int = 3,  # real images of each category
-    trials: int = 3,  # samples of the real images; all is made anew for each
+    trials: int = 1,  # samples of the real images; all is made anew for each
     model: str = 'tiny',  # the model, as augment takes it
     seed: int = 0,  # of the first trial; the next one has the next
     quick: bool = False,  # a short form that only shows that everything runs
-    few_step: bool = False,  # sample with the model's own few-step weights
+    few_step: bool = True,  # sample with the model's own few-step weights, if it has any
     progress: Progress | None = None,  # bars
 ) -> dict:  # what stands in results.json
     "Diff-II from a few images to tested classifiers, with a report."
     progress, began = progress or Progress(), time.time()
     require(trials >= 1, f'--trials {trials}: give a number of 1 or more')
     about = dict(data=data, shots=shots, quick=quick, seed=seed, model=model)
-    about |= dict(few_step=True) if few_step else {}
+    about |= dict(few_step=few_step)
     opened = open_demo(out, about, trials, progress)
     advice = recommendations(opened.pipe, opened.images.pool.metaclass)
     claim(out, about | dict(recommended=advice), '.demo.json')
@@ -367,7 +376,7 @@ def summary(demo: Demo) -> dict:
         lpips=_mean([one['lpips'] for one in images]),
         lpips_note=images[0]['note'],
         inversions=_mean(stats),
-        settings={f'{g}: {k}': v for g in groups for k, v in about[g].items()},
+        settings={f'{g}: {k}': v for g in groups for k, v in (about[g] or {}).items()},
         seconds=_seconds(
             [one for kind in ('images', *KINDS) for one in demo.found(kind)]
         ),
