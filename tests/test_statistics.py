@@ -9,7 +9,6 @@ from scipy import stats
 
 from diffii.base.files import UserError, read_json, write_json
 from diffii.evaluation.statistics import (
-    COLOURS,
     Comparison,
     Paired,
     decide,
@@ -20,7 +19,8 @@ from diffii.evaluation.statistics import (
 )
 from diffii.evaluation.tables import base_of, condition_of, finished, table_lines
 from diffii.evaluation.tasks import remedies
-from diffii.evaluation.verdicts import Page, comparisons, rebuild, usual_row
+from diffii.evaluation.verdicts import Page, comparisons, in_three_measures, rebuild
+from diffii.evaluation.verdicts import usual_row
 
 RESULTS = Path(__file__).parent.parent / 'nbs' / 'results' / 'cells'
 
@@ -50,6 +50,12 @@ def test_a_paired_test_is_scipys():
 def test_differences_that_do_not_vary(differences, p, half):
     found = paired(differences)
     assert (found.p, found.half) == (p, half)
+
+
+def test_differences_that_vary_by_rounding_do_not_vary():
+    found = paired([1.3333333333333286, 1.3333333333333428, 1.3333333333333428])
+
+    assert (found.p, found.half) == (0.25, 0)
 
 
 def test_no_differences_are_an_error():
@@ -122,8 +128,35 @@ def test_a_page_corrects_over_all_its_experiments():
     page = Page(*folders)
 
     raw = [c.found.p for c in page.family]
+    assert min(raw) > 0 and len(raw) > 10
     assert len(page.of(folders[0])) + len(page.of(folders[1])) == len(raw)
     assert [c.p for c in page.family] == pytest.approx(holm(raw).tolist())
+
+
+def test_a_table_without_the_recipe_is_about_the_row_asked_for():
+    folder = RESULTS / 'recipe-aviary'
+    row = 'diffii + learn=tokens+lora + classifier-steps=400'
+
+    page = Page(folder, also={folder: (row,)})
+
+    assert page.main_row(str(folder), '5-shot') == row
+    assert len(page.plot().axes) == 1
+    assert Page(folder).main_row(str(folder), '5-shot') is None
+
+
+@pytest.mark.parametrize('folder, row', [('recipe-aviary', 'diffi'), ('x', 'diffii')])
+def test_a_row_that_no_table_has_cannot_be_asked_about(folder, row):
+    asked = {RESULTS / folder: (row,)}
+
+    with pytest.raises(UserError, match=f'no configuration {row} is there'):
+        Page(RESULTS / 'recipe-aviary', also=asked)
+
+
+def test_measures_of_several_conditions_are_no_pairs():
+    cells = [dict(setting=name, row='a', trial=0) for name in ('IF=10', 'IF=100')]
+
+    with pytest.raises(UserError, match='cells of IF=10, IF=100; give those of one'):
+        in_three_measures(cells, 'a', cells, 'a')
 
 
 def test_panels_share_one_axis():
@@ -174,9 +207,11 @@ def test_tables_plots_and_verdicts_follow_from_the_cells(tmp_path, kept):
     assert {(x['setting'], x['row']): x['accuracy'] for x in lines} == {
         (x['setting'], x['row']): pytest.approx(x['accuracy']) for x in before
     }
+    family = Page(kept).family
+    told = [(c.row, c.other, c.found.mean, c.p, c.verdict) for c in family]
+    names = 'configuration', 'compared_with', 'difference', 'p_corrected', 'verdict'
     verdicts = read_json(out / 'verdicts.json')
-    assert len(verdicts) == len(Page(kept).family)
-    assert {line['verdict'] for line in verdicts} <= set(COLOURS)
+    assert [tuple(line[name] for name in names) for line in verdicts] == told
     assert (out / 'plot.png').is_file() and (out / 'table.csv').is_file()
 
 

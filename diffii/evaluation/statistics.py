@@ -35,7 +35,8 @@ def paired(
     found, n = spread(differences), len(differences)
     if n == 1:
         return Paired(found.mean, float('inf'), 1.0, n)
-    if found.sd == 0:  # no spread, so no t: the sign test's p instead
+    if np.allclose(differences, found.mean, rtol=1e-9, atol=1e-12):
+        # no spread but rounding, so no t: the sign test's p instead
         p = 2.0 ** (1 - n) if found.mean else 1.0
         return Paired(found.mean, 0.0, p, n)
     p = stats.ttest_1samp(differences, 0).pvalue
@@ -130,7 +131,7 @@ def plot_comparisons(
     require(panels, 'plot_comparisons: nothing to compare')
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    tallest = max(len(family) for family in panels.values())
+    tallest = max(_places(family)[-1] + 0.5 for family in panels.values())
     names = [_beside(c) for family in panels.values() for c in family]
     letters = max(len(line) for name in names for line in name.splitlines())
     width = max(3.1, 1.2 + 0.058 * letters)
@@ -143,22 +144,30 @@ def plot_comparisons(
         ax.axvspan(-margin, margin, color='0.93', zorder=0)
         ax.axvline(0, color='0.4', lw=0.8)
         _draw_dots(ax, family)
-        ax.set_title(title, fontsize=9)
+        lines = [textwrap.fill(line, 52) for line in title.splitlines()]
+        ax.set_title('\n'.join(lines), fontsize=9)
         ax.set_xlabel(label, fontsize=8)
         ax.tick_params('x', labelbottom=True, labelsize=8)
     return fig
 
-
+# %% ../../nbs/evaluation/statistics.ipynb #5e1a7001
 def _beside(c):
     "What stands beside the dot of a comparison; long names take two lines."
     return textwrap.fill(f'{c.other}: {c.verdict}', 44)
 
 
+def _places(family):
+    "Heights of the dots of a panel: a name of two lines takes two."
+    lines = np.array([_beside(c).count('\n') + 1 for c in family])
+    return lines.cumsum() - lines / 2
+
+
 def _draw_dots(ax, family):
     "One panel: a dot for each comparison, the first on top."
-    for i, c in enumerate(family):
+    places = _places(family)
+    for y, c in zip(places, family):
         half = c.found.half if np.isfinite(c.found.half) else None
         colour = COLOURS[c.verdict]
-        ax.errorbar(c.found.mean, i, xerr=half, fmt='o', ms=4, capsize=2, color=colour)
-    ax.set_yticks(range(len(family)), map(_beside, family), fontsize=8)
-    ax.set_ylim(len(family) - 0.5, -0.5)
+        ax.errorbar(c.found.mean, y, xerr=half, fmt='o', ms=4, capsize=2, color=colour)
+    ax.set_yticks(places, map(_beside, family), fontsize=8)
+    ax.set_ylim(places[-1] + 0.5, 0)

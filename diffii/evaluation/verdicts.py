@@ -114,7 +114,12 @@ def in_three_measures(
     other: str,
 ) -> dict:  # measure -> text
     """A row minus another, with the interval of a single comparison: accuracy and
-    class-consistency in points, LPIPS in hundredths."""
+    class-consistency in points, LPIPS in hundredths. Raises `UserError` for cells of
+    several conditions, whose trials are no pairs."""
+    for some in (cells, others):
+        conditions = sorted({cell['setting'] for cell in some})
+        text = f'in_three_measures: cells of {", ".join(conditions)}'
+        require(len(conditions) == 1, f'{text}; give those of one condition')
     found, measures = {}, dict(accuracy=accuracy, consistency=class_consistency)
     for name, of in (measures | dict(LPIPS=lpips)).items():
         pair = by_trial(cells, row, of), by_trial(others, other, of)
@@ -163,23 +168,38 @@ class Page:
         | None = None,  # folder -> configurations to ask about, besides Diff-II
     ):
         self.found = {str(out): finished(out) for out in folders}
+        self.also = {str(out): tuple(rows) for out, rows in (also or {}).items()}
+        self._check_also()
         family = []
         for out, (record, cells, _) in self.found.items():
-            rows = (also or {}).get(out, ())
-            own = all_comparisons(cells, rows, model_of(record))
+            own = all_comparisons(cells, self.also.get(out, ()), model_of(record))
             family += [replace(c, experiment=out) for c in own]
         self.family = decide(family)
 
+    def _check_also(self):
+        "Configurations that are asked about are in their tables."
+        for out, rows in self.also.items():
+            cells = self.found[out][1] if out in self.found else []
+            lacking = sorted(set(rows) - {cell['row'] for cell in cells})
+            require(
+                not lacking, f'{out}: no configuration {", ".join(lacking)} is there'
+            )
+
     def plot(self):  # -> matplotlib Figure
-        "Diff-II as it is against every other configuration, in panels on one axis."
+        "`main_row` against every other configuration, in panels on one axis."
         panels = {}
         for c in self.family:
-            record, cells, _ = self.found[c.experiment]
-            own = [cell['row'] for cell in cells if cell['setting'] == c.condition]
             title = f'{Path(c.experiment).name}, {c.condition}\n{c.row} minus'
-            if c.row == usual_row(own, c.condition, model_of(record)):
+            if c.row == self.main_row(c.experiment, c.condition):
                 panels.setdefault(title, []).append(c)
         return plot_comparisons(panels)
+
+    def main_row(self, out: str, condition: str) -> str | None:
+        "Diff-II as it is; where a table has no such row, the first asked about."
+        record, cells, _ = self.found[out]
+        own = [cell['row'] for cell in cells if cell['setting'] == condition]
+        asked = next(iter(self.also.get(out, ())), None)
+        return usual_row(own, condition, model_of(record)) or asked
 
 # %% ../../nbs/evaluation/verdicts.ipynb #5241a481
 @patch
@@ -198,7 +218,7 @@ def show(
         fig = plot_table(table, record['task'])
         display(fig)
         plt.close(fig)
-    with pd.option_context('display.max_colwidth', 80):
+    with pd.option_context('display.max_colwidth', 100):
         for half in halves(table):
             display(half)
         print(*notes(cells, record), sep='\n')

@@ -451,7 +451,7 @@ def timed_look(self: Pipeline, n: int):
     x = self.vae.decode(latents.to(self.device, self.vae.dtype)).sample
     torch.autograd.grad(x.sum(), latents)
 
-
+# %% ../../nbs/run/planning.ipynb #5e1a7002
 def time_stages(pipe: Pipeline, settings: Settings) -> dict:  # name -> seconds an image
     """A few timed batches of what each stage does. Networks that wait on the CPU are moved
     once for a stage, not in each batch, and prompts are encoded once."""

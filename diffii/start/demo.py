@@ -59,7 +59,7 @@ class Demo:
         there = own_weights(self.about['model']).is_file()
         return 'own' if self.about['few_step'] and there else 'none'
 
-
+# %% ../../nbs/start/demo.ipynb #5e1a7003
 def open_demo(out, about: dict, trials: int, progress) -> Demo:
     "Load images and model. Raises `UserError` for what cannot be."
     from diffii.base.images import few_shot
