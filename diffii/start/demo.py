@@ -311,7 +311,7 @@ def _do_all(demo):
     for t in range(demo.trials):
         _look_again(demo, t)
     left = [job for job in demo.jobs() if not demo.record(job).is_file()]
-    n = spare_workers(min(demo.trials, len(left)))
+    n = spare_workers(min(demo.trials + 1, len(left)))  # one for real images alone
     known = str(demo.out.resolve()), demo.about, demo.trials, 1 + n
     with helpers(n, 'diffii.start.demo:help_demo', *known):
         for _ in work_on(demo, 1 + n):
