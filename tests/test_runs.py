@@ -57,9 +57,8 @@ def make(pipe, birds, concepts):
     ):
         given = {k: {**GIVEN.get(k, {}), **groups.get(k, {})} for k in GIVEN}
         settings = Settings.of(pipe, images.metaclass, **given)
-        return synthesize(
-            pipe, images, out, settings, suffixes, concepts, pool, progress
-        )
+        used = None if settings.learned == 'none' else concepts
+        return synthesize(pipe, images, out, settings, suffixes, used, pool, progress)
 
     return _make
 
