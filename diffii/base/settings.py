@@ -391,6 +391,12 @@ class ConceptSettings(Group):
     # steps between checkpoints, where there is a folder for them
     save_every: int = setting(500, least=1)
 
+# %% ../../nbs/base/settings.ipynb #5e1a7004
+@patch(as_prop=True)
+def at_a_time(self: ConceptSettings) -> int:
+    "Images of a step that are in memory together."
+    return min(self.batch_size, self.micro_batch or self.batch_size)
+
 # %% ../../nbs/base/settings.ipynb #cdd3e9fc
 @dataclass
 class InversionSettings(Group):

@@ -340,12 +340,12 @@ def stages(pipe: Pipeline, settings: Settings, needed: ModelMemory) -> list:
     "The stages of a run in memory."
     concepts, sampling = settings.concepts, settings.sampling
     waiting = 0 if pipe.offload else needed.text + needed.vae
-    at_a_time = min(concepts.batch_size, concepts.micro_batch or concepts.batch_size)
+    at_a_time = concepts.at_a_time
     per = needed.checkpointed if concepts.checkpointing else needed.learning
     unet, batch = needed.unet + waiting, pipe.micro_batch
     trained = needed.unet + needed.lora + max(waiting, needed.text)
-    found = [Stage('learning', trained, per, at_a_time, '--concept-micro-batch {n}')]
-    found = found if settings.learns else []
+    learning = ('learning', trained, per, at_a_time, '--concept-micro-batch {n}')
+    found = [Stage(*learning)] if settings.learns else []
     if sampling.start == 'circle':
         found.append(Stage('inversion', unet, needed.call, batch, '--batch-size {n}'))
     found.append(Stage('sampling', unet, needed.call, batch, '--batch-size {n}'))
@@ -470,10 +470,9 @@ def time_stages(pipe: Pipeline, settings: Settings) -> dict:  # name -> seconds 
 
 def _seconds_of_learning(pipe, concepts):
     "Seconds of a step for each of its images, in as little memory as it will be made."
-    share = min(concepts.batch_size, concepts.micro_batch or concepts.batch_size)
     recompute(pipe, concepts.checkpointing)
     try:
-        return seconds_per_image(pipe.timed_step, share)
+        return seconds_per_image(pipe.timed_step, concepts.at_a_time)
     finally:
         recompute(pipe, False)
 

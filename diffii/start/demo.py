@@ -52,12 +52,13 @@ class Demo:
         return self.about['seed'] + t
 
     @property
-    def few_step(self) -> str:
-        "The model's own few-step weights, where it has any and they are asked for."
+    def few_step(self) -> str | None:
+        "The model's own few-step weights; None leaves a model without to its advice."
         from diffii.method.few_step import own_weights
 
-        there = own_weights(self.about['model']).is_file()
-        return 'own' if self.about['few_step'] and there else 'none'
+        if not self.about['few_step']:
+            return 'none'
+        return 'own' if own_weights(self.about['model']).is_file() else None
 
 # %% ../../nbs/start/demo.ipynb #5e1a7003
 def open_demo(out, about: dict, trials: int, progress) -> Demo:
@@ -292,7 +293,7 @@ def demo(
     progress, began = progress or Progress(), time.time()
     require(trials >= 1, f'--trials {trials}: give a number of 1 or more')
     about = dict(data=data, shots=shots, quick=quick, seed=seed, model=model)
-    about |= dict(few_step=few_step)
+    about['few_step'] = few_step
     opened = open_demo(out, about, trials, progress)
     advice = recommendations(opened.pipe, opened.images.pool.metaclass)
     claim(out, about | dict(recommended=advice), '.demo.json')
