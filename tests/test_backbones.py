@@ -67,6 +67,28 @@ def test_a_network_that_does_not_fit_the_size_is_told_of_at_once(arch, size):
         try_network(arch, 2, size)
 
 
+@pytest.mark.parametrize(
+    'arch, said',
+    [
+        ('resnet5000', '--guide-arch resnet5000: neither'),
+        (
+            'torchvision/alexnet',
+            '--guide-arch torchvision/alexnet.*another --guide-arch',
+        ),
+    ],
+)
+def test_an_error_names_the_option_that_was_given(arch, said):
+    with pytest.raises(UserError, match=said):
+        try_network(arch, 2, 32, option='--guide-arch')
+
+
+def test_the_small_network_has_no_weights_to_begin_with():
+    with pytest.raises(UserError, match='small: has no published.*--no-pretrained'):
+        build_model('small', 2, pretrained=True)
+    with pytest.raises(UserError, match='--filter-features small: [^-]*--filter-feat'):
+        build_model('small', 2, pretrained=True, option='--filter-features')
+
+
 def test_a_network_that_fits_is_no_error():
     try_network('torchvision/squeezenet1_1', 2, 64)
 

@@ -13,6 +13,7 @@ import pytest
 
 from diffii.base.files import UserError
 from diffii.base.prompts import prefix
+from diffii.base.settings import ContextSettings, ModelSettings, Settings
 from diffii.data import aviary, digits
 from diffii.method.suffixes import (
     ClusterSummariser,
@@ -30,6 +31,7 @@ from diffii.run.contexts import (
     known_suffixes,
 )
 from diffii.run.endpoints import EndpointSummariser
+from diffii.run.runs import run_suffixes
 from diffii.run.summarisers import (
     ChatSummariser,
     LLMSummariser,
@@ -577,6 +579,38 @@ def test_a_captioner_goes_before_what_is_known(birds):
         birds, 'bird', MeasuringCaptioner('bird'), ClusterSummariser()
     )
     assert choose_suffixes(None, 'bird', birds, 'measure')[0] == expected
+
+
+def test_models_that_are_named_run_on_the_device_of_the_run(birds, monkeypatch):
+    made = []
+
+    def make(images, metaclass, *parts, progress):
+        made.extend(parts)
+        return []
+
+    monkeypatch.setattr('diffii.run.contexts.make_suffixes', make)
+    choose_suffixes(None, 'bird', birds, 'a/b', 'c/d', device='cuda:7')
+    assert [part.device for part in made[:2]] == ['cuda:7', 'cuda:7']
+
+    names = 'measure', 'openai:m'
+    choose_suffixes(None, 'bird', birds, *names, device='cuda:7')
+    assert isinstance(made[3], MeasuringCaptioner)
+    assert isinstance(made[4], EndpointSummariser)
+
+
+def test_the_device_of_a_run_is_that_of_its_captioner(birds, tmp_path, monkeypatch):
+    asked = []
+
+    def choose(*args, **about):
+        asked.append(about['device'])
+        return ['in snow.'], 'given'
+
+    monkeypatch.setattr('diffii.run.runs.choose_suffixes', choose)
+    settings = Settings(
+        model=ModelSettings(device='cpu'), contexts=ContextSettings(captioner='a/b')
+    )
+    run_suffixes(settings, birds, tmp_path / 'out')
+    assert asked == ['cpu']
 
 
 def test_what_is_known_goes_before_the_fallback():

@@ -7,6 +7,7 @@ import pytest
 
 from diffii.evaluation.claims import (
     CLAIMS,
+    FEW_BASELINES,
     GROUPS,
     Claim,
     claim_b,
@@ -98,7 +99,7 @@ def test_a_group_under_two_conditions_is_two_questions():
         for row in ('original', 'diff-ii')
     ]
 
-    names = [name for name, *_ in claim_d({'ood': cells})]
+    names = [name for name, *_, found in claim_d({'ood': cells}) if found]
 
     assert len(names) == len(set(names)) == 2 * len(GROUPS)
 
@@ -154,11 +155,36 @@ def test_the_claims_follow_from_the_committed_cells():
     assert all(c.family for c in claims)
     assert len(claim_table(claims)) == 8
     assert len(comparison_table(claims)) == sum(len(c.family) for c in claims)
-    panels = plot_claims(claims).axes
-    assert sum(len(ax.get_yticks()) for ax in panels) == len(comparison_table(claims))
-    titles = [ax.get_title(loc='left') for ax in panels]
+    (ax,) = plot_claims(claims).axes
+    beside = ' '.join(text.get_text() for text in ax.get_yticklabels())
     for c in claims:
-        assert f'({c.letter}) {c.text}: {c.verdict}' in titles
+        assert f'({c.letter})' in beside
+    dots = [line for line in ax.lines if line.get_alpha() == 0.5]
+    assert len(dots) == len(comparison_table(claims))
+
+
+def test_a_claim_whose_baseline_was_not_run_does_not_hold(tmp_path):
+    accuracies = dict.fromkeys(('original', *FEW_BASELINES), 40.0)
+    accuracies.pop('real-mix')
+    for task, shots in (('few-shot', 5), ('few-shot-10', 10)):
+        out = tmp_path / f'{task}-aviary'
+        about = dict(task='few-shot', dataset='aviary', model='tiny', protocol=2)
+        write_record(out / 'experiment.json', about)
+        for row, accuracy in (accuracies | {'diff-ii': 60.0}).items():
+            for trial in range(3):
+                varied = accuracy * (1 + trial / 50)
+                found = cell(f'{shots}-shot', row, varied)
+                found |= dict(trial=trial, n_train=5, n_test=5)
+                found |= dict(n_synthetic=0, seconds=1.0)
+                write_record(out / 'cells' / f'{row}--{trial}.json', found)
+        rebuild_tables(out)
+
+    claim = claims_on(tmp_path)[0]
+
+    assert {c.verdict for c in claim.family} == {'better'}
+    assert len(claim.not_run) == 2
+    assert 'real-mix' in claim.not_run[0]
+    assert claim.verdict == 'undecided'
 
 
 def test_a_sweep_that_has_only_begun_compares_nothing():

@@ -414,8 +414,15 @@ def test_a_probability_above_one_is_refused(short):
         short(replacement_probability=1.5)
 
 
+def test_a_batch_that_processes_cannot_share_is_named(monkeypatch, short):
+    of_two = SimpleNamespace(num_processes=2, process_index=0, device='cpu')
+    monkeypatch.setattr('diffii.method.classifier.processes', lambda: of_two)
+    with pytest.raises(UserError, match='--classifier-batch 3: .* multiple of 2'):
+        short(batch_size=3)
+
+
 def test_a_loss_that_is_not_finite_stops_training(short):
-    with pytest.raises(UserError, match='lower the learning rate'):
+    with pytest.raises(UserError, match='lower the learning rate, --classifier-lr'):
         short(lr=1e20)
 
 

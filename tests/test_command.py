@@ -279,6 +279,51 @@ def test_the_line_goes_before_the_file(say, tmp_path):
 
 
 @pytest.mark.parametrize(
+    'before, line',
+    [
+        (('--method', 'da-fusion'), ('--method', 'diff-ii')),
+        (('--method', 'diff-mix'), ('--method', 'real-guidance')),
+        (('--metaclass', 'bird'), ('--method', 'da-fusion')),
+        (('--metaclass', 'bird'), ('--few-step', 'none')),
+        (('--metaclass', 'bird'), ('--guidance', 4)),
+        (('--metaclass', 'bird'), ('--metaclass', 'digit')),
+        (('--steps', 50), ('--steps', 10)),
+        (('--no-flip',), ('--flip',)),
+    ],
+)
+def test_what_follows_from_the_file_gives_way_to_the_line(say, tmp_path, before, line):
+    file = tmp_path / 'run.yaml'
+    file.write_text(say('augment', *before, '--print-config').out)
+    kept = before if before[0] == '--metaclass' != line[0] else ()
+    alone = say('augment', *kept, *line, '--print-config').out
+    assert say('augment', '--config', file, *line, '--print-config').out == alone
+
+
+def test_what_a_file_chose_stays_under_another_method(say, tmp_path):
+    file = tmp_path / 'run.yaml'
+    chosen = '--method', 'diff-mix', '--strengths', 0.4, '--candidates', 3
+    file.write_text(say('augment', *chosen, '--print-config').out)
+    answer = say(
+        'augment', '--config', file, '--method', 'real-guidance', '--print-config'
+    )
+    found = yaml.safe_load(answer.out)['sampling']
+    assert found['strengths'] == [0.4]
+    assert found['candidates'] == 3
+
+
+@pytest.mark.parametrize(
+    'options, text',
+    [
+        (('--method', 'da-fusion', '--rank', 8), '--rank 8: has no effect here'),
+        (('--method', 'real-gen', '--split-ratio', 0.5), '--split-ratio 0.5: has no'),
+        (('--few-step', 'x.safetensors', '--guidance', 3), '--guidance 3: has no'),
+    ],
+)
+def test_an_option_without_effect_is_refused(say, options, text):
+    assert text in say('augment', *options, '--print-config').line
+
+
+@pytest.mark.parametrize(
     'text, word',
     [
         ('sampling: {step: 7}', 'step: no such setting'),

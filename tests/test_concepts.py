@@ -13,7 +13,12 @@ from diffii.base.pipeline import load_pipeline
 from diffii.base.seeds import generator
 from diffii.base.settings import ConceptSettings
 from diffii.data.digits import digits_set
-from diffii.method.concepts import Concepts, ExtraEmbeddings, named_concepts
+from diffii.method.concepts import (
+    Concepts,
+    ExtraEmbeddings,
+    check_prompts,
+    named_concepts,
+)
 from diffii.method.learning import (
     LatentBatches,
     learn_concepts,
@@ -374,20 +379,58 @@ def test_a_folder_of_other_settings_is_refused(pipe, few, whole, tmp_path):
         learn_concepts(pipe, few, replace(SHORT, steps=6), folder=tmp_path)
 
 
+def test_concepts_of_another_seed_or_of_other_images_are_refused(
+    pipe, few, whole, tmp_path
+):
+    whole.save(tmp_path)
+    more = replace(few, images=few.images[::-1], labels=few.labels[::-1])
+
+    for images, seed in ((few, 1), (more, 0)):
+        with pytest.raises(UserError, match='images, of another seed'):
+            learn_concepts(pipe, images, SHORT, seed, folder=tmp_path)
+
+
+def test_concepts_of_an_older_version_do_not_say_what_they_were_learned_from(
+    pipe, few, whole, tmp_path
+):
+    whole.save(tmp_path)
+
+    def forget(about):
+        del about['seed'], about['images']
+
+    as_an_older_version(tmp_path, forget)
+
+    assert same_concepts(learn_concepts(pipe, few, SHORT, 1, tmp_path), whole)
+
+
+def test_saving_elsewhere_leaves_concepts_where_they_are(pipe, few, whole, tmp_path):
+    learned = learn_concepts(pipe, few, replace(SHORT, steps=1), folder=tmp_path / 'a')
+
+    learned.save(tmp_path / 'b')
+    whole.save(tmp_path / 'c')
+
+    assert (learned.folder, whole.folder) == (tmp_path / 'a', None)
+    assert Concepts.load(tmp_path / 'b').folder == tmp_path / 'b'
+
+
 @pytest.mark.parametrize(
     'changed, message',
     (
         (dict(settings=replace(SHORT, rank=3)), 'another settings'),
         (dict(seed=1), 'another seed'),
+        (dict(images=True), 'another set of training images'),
     ),
-    ids=('settings', 'seed'),
+    ids=('settings', 'seed', 'images'),
 )
 def test_a_checkpoint_of_another_run_is_refused(pipe, few, tmp_path, changed, message):
     interrupt(pipe, few, SHORT, tmp_path)
     before = weights(pipe)
+    changed, images = dict(changed), few
+    if changed.pop('images', False):
+        images = replace(few, images=few.images[::-1], labels=few.labels[::-1])
 
     with pytest.raises(UserError, match=message):
-        learn_concepts(pipe, few, **{'settings': SHORT, **changed}, folder=tmp_path)
+        learn_concepts(pipe, images, **{'settings': SHORT, **changed}, folder=tmp_path)
 
     assert same_weights(before, pipe)
 
@@ -577,3 +620,42 @@ def test_a_checkpoint_knows_the_words(pipe, few, described, tmp_path):
         learn_concepts(pipe, few, SHORT, folder=tmp_path)
     again = learn_concepts(pipe, described, SHORT, folder=tmp_path)
     assert same_concepts(again, learn_concepts(pipe, described, SHORT))
+
+
+# ---- what a text encoder reads
+
+
+def planned(n_tokens, words=(), classes=('oak', 'elm')):
+    "Concepts that are not learned yet."
+    settings = ConceptSettings(n_tokens=n_tokens)
+    return Concepts(classes, 'tree', settings, '', [], {}, words=words)
+
+
+@pytest.mark.parametrize('n_tokens, reads', [(33, True), (34, False)])
+def test_a_prompt_must_be_read_up_to_its_metaclass(pipe, n_tokens, reads):
+    concepts = planned(n_tokens)
+    text = f'a photo of a {"x " * n_tokens}tree'
+    tokens = pipe.pipe.tokenizer(text.replace('x', ',')).input_ids
+    assert (len(tokens) <= 40) == reads
+
+    if reads:
+        check_prompts(pipe, concepts)
+    else:
+        with pytest.raises(
+            UserError, match='tiny reads 38 tokens, .* has 39; give few'
+        ):
+            check_prompts(pipe, concepts)
+
+
+def test_the_longest_words_are_the_ones_that_count(pipe):
+    words = 'green', ', '.join(['green'] * 20)
+    with pytest.raises(UserError, match='elm: tiny reads 38 tokens'):
+        check_prompts(pipe, planned(2, words))
+    check_prompts(pipe, planned(2, words[:1] * 2))
+
+
+def test_suffixes_that_are_cut_off_are_told_once(pipe):
+    suffixes = ['in the snow.', 'in the snow, ' * 12 + 'on a branch.']
+    with pytest.warns(UserWarning, match='cuts 1 of 2 suffixes off behind') as told:
+        check_prompts(pipe, planned(4), suffixes)
+    assert len(told) == 1

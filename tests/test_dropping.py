@@ -396,6 +396,21 @@ def test_what_is_below_a_threshold_goes(made, birds, numbered):
     assert {row['index'] for row in load_synthetic(made.folder).rows} == {5}
 
 
+def test_scorers_are_told_the_device(make, birds, say, folder_of_birds, monkeypatch):
+    asked = []
+
+    def scores(job):
+        asked.append(job.device)
+        return [0.0] * len(job.made)
+
+    monkeypatch.setitem(filters.SCORERS, 'lpips', filters.Scorer(scores, 'nothing'))
+    made = make(filter=dict(by='lpips', keep=1.0))  # on the device of the model
+    assert asked == ['cpu']
+    where = '--images', folder_of_birds, '--filter-lpips', 'vgg', '--device', 'cuda:7'
+    assert say('score', made.folder, 'lpips', *where).code == 0
+    assert asked == ['cpu', 'cuda:7']
+
+
 def test_without_scores_the_remedy_is_told(made):
     with pytest.raises(UserError, match='run first: diffii score .* lpips'):
         drop_worst(made.folder, 'lpips')

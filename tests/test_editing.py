@@ -156,6 +156,30 @@ def test_a_plan_counts_three_calls_a_step(pipe):
     assert 'sampling' in str(plan_run(pipe, TREES, settings))
 
 
+@pytest.mark.parametrize(
+    'given, option',
+    [
+        (dict(few_step='own'), '--few-step'),
+        (dict(solver='dpm++'), '--solver'),
+        (dict(stride=3), '--stride'),
+        (dict(guided=(0, 0.6)), '--guided'),
+    ],
+)
+def test_sampling_that_does_not_apply_is_refused(given, option):
+    with pytest.raises(UserError, match=f'{option}: does not apply to .*leave it out'):
+        Settings.of(sampling=dict(method='diffuse-mix') | given)
+
+
+def test_sampling_that_a_model_recommends_does_not_apply_to_edits():
+    advice = dict(few_step='own', expansion=20, solver='dpm++', stride=3, steps=9)
+    given = dict(method='diffuse-mix')
+
+    found = Settings.of(dict(sampling=advice), 'tree', sampling=given).sampling
+
+    assert (found.few_step, found.solver, found.stride) == (None, 'ddim', 1)
+    assert (found.expansion, found.steps) == (5, 9)
+
+
 # the right model
 
 

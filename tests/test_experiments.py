@@ -236,6 +236,13 @@ def named_clip(tmp_path):
     return ':'.join(map(str, small_clip(tmp_path)))
 
 
+def test_a_clip_without_weights_is_told_at_once(tmp_path):
+    settings = BenchmarkSettings.of(trials=SHORT | dict(clip='ViT-B-32'))
+    with pytest.raises(UserError, match='--clip ViT-B-32: .*as ViT-B-32:openai'):
+        benchmark('few-shot', 'digits', tmp_path / 'x', settings)
+    assert not (tmp_path / 'x').exists()
+
+
 def test_the_clip_score_and_the_oracle_go_together(tmp_path, named_clip):
     trials = SHORT | dict(trials=2, methods='original,random-noise', clip=named_clip)
     settings = BenchmarkSettings.of(trials=trials, data=dict(flip=False))

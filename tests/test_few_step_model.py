@@ -1,10 +1,11 @@
 "The few-step model: its lessons, its losses, and a training that goes on."
 
+from dataclasses import replace
 from itertools import islice
 
 import pytest
 
-from diffii.base.files import load_tensors
+from diffii.base.files import UserError, load_tensors, save_tensors
 from diffii.base.pipeline import load_pipeline
 from diffii.data.few_step_model import (
     ADAPTER,
@@ -118,6 +119,32 @@ def test_trajectories_are_kept_and_not_made_again(pipe, lessons, work, monkeypat
 
     assert kept['film'].shape == (13, 2, 4, 8, 8)
     assert kept['ends'].shape == (2, 4, 8, 8)
+
+
+@pytest.mark.parametrize('change', [dict(guidance=(3.0, 4.0)), dict(shard=3)])
+def test_trajectories_of_other_settings_are_refused(pipe, lessons, work, change):
+    with pytest.raises(UserError, match='trajectories-00.*other settings; delete'):
+        kept_trajectories(pipe, lessons, replace(SHORT, **change), work)
+
+
+def test_trajectories_of_an_older_version_are_told_by_their_shape(
+    pipe, lessons, work, tmp_path
+):
+    name = 'trajectories-00.safetensors'
+    tensors, _ = load_tensors(work / name)
+    save_tensors(tmp_path / name, tensors)
+
+    kept_trajectories(pipe, lessons, SHORT, tmp_path)
+
+    with pytest.raises(UserError, match='other settings'):
+        kept_trajectories(pipe, lessons, replace(SHORT, leap=160), tmp_path)
+
+
+def test_a_new_lora_leaves_the_random_state_alone(pipe):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    student_lora(pipe, 2, seed=7)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_training_that_was_stopped_goes_on_to_the_same_weights(

@@ -62,7 +62,8 @@ def trained(monkeypatch):
     "A classifier that answers evenly, and a list of (training names, scored set)."
     calls = []
 
-    def train(real, made, settings, seed):
+    def train(real, made, settings, seed, progress):
+        assert progress is False  # there is a bar for the scores
         calls.append((real.names, made))
         return SimpleNamespace(probabilities=np.full((len(made), 2), 0.25))
 
@@ -177,7 +178,7 @@ def test_parents_do_not_count_as_neighbours(monkeypatch):
     made = children(real, [(0, 1), (0, 2)])
     directions = dict(enumerate(np.eye(3, dtype='float32')[[0, 1, 2, 0, 0, 0]]))
 
-    def vectors(model, about, images, size):
+    def vectors(model, about, images, size, device):
         if images is real:
             return np.stack([directions[i] for i in range(6)])
         return np.array([[0, 0, 2], [0, 3, 0]], dtype='float32')
@@ -205,10 +206,82 @@ def test_clip_says_how_likely_the_own_name_is(monkeypatch):
     assert found == pytest.approx([np.exp(2) / (np.exp(2) + 1)] * 2)
 
 
+def test_a_folder_with_underscores_is_words_for_clip(monkeypatch):
+    clip = (SimpleNamespace(logit_scale=torch.tensor(0.0)),)
+    monkeypatch.setattr(filters, 'named_clip', lambda *a, **k: clip)
+    asked = []
+
+    def vectors(clip, images, prompts):
+        asked.extend(prompts)
+        return torch.eye(2), torch.eye(2)
+
+    monkeypatch.setattr(filters, 'clip_vectors', vectors)
+    real = plain(1, classes=['Red_Kite', 'Rook'])
+    clip_scores(Scoring(real, real))
+    assert asked == ['a photo of a Red Kite tree', 'a photo of a Rook tree']
+
+
+class OnDevice(Exception):
+    "Stops a scorer where it says on which device its network runs."
+
+
+@pytest.mark.parametrize(
+    'by, maker',
+    [
+        ('classifier', 'train_classifier'),
+        ('clip', 'named_clip'),
+        ('lpips', 'lpips_model'),
+        ('features', 'run_network'),
+    ],
+)
+def test_a_scorer_runs_on_the_device_that_is_asked_for(by, maker, monkeypatch):
+    def stop(*args, settings=None, device=None, **kwargs):
+        raise OnDevice(device or getattr(settings, 'device', None) or args[1])
+
+    monkeypatch.setattr(filters, maker, stop)
+    monkeypatch.setattr(filters, 'build_model', lambda *a, **k: (None, {}))
+    real = plain(3)
+    with pytest.raises(OnDevice, match='cuda:7'):
+        SCORERS[by].scores(Scoring(real, real, device='cuda:7'))
+
+
+def test_images_are_opened_as_they_are_measured(monkeypatch):
+    real, opened = plain(3), []
+
+    def far(near, made, net):
+        assert isinstance(near, list) and not opened
+        opened.extend(made)
+        return torch.zeros(3)
+
+    monkeypatch.setattr(filters, 'lpips_model', lambda *a: None)
+    monkeypatch.setattr(filters, 'distances', far)
+    filters.lpips_scores(Scoring(real.subset(range(3)), real.subset(range(3))))
+    assert len(opened) == 3
+
+
+@pytest.mark.parametrize(
+    'given, said',
+    [
+        (dict(by='classifier', arch='resnet5000'), '--filter-arch resnet5000: neither'),
+        (dict(by='classifier', arch='timm/resnet10t'), 'give --filter-arch effic'),
+        (dict(by='features', features='small'), '--filter-features small: has no pub'),
+        (dict(by='clip', clip='ViT-B-32'), '--filter-clip ViT-B-32: give a model'),
+        (dict(by='clip', clip='ViT-B-32:opnai'), '--filter-clip .*: opnai is not a'),
+    ],
+)
+def test_a_network_that_cannot_be_had_is_told_at_once(given, said, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise ConnectionError('no route to host')
+
+    monkeypatch.setattr('timm.models._builder.load_pretrained', no_network)
+    with pytest.raises(UserError, match=said):
+        filters.check_filter(None, plain(3), FilterSettings(**given))
+
+
 def test_clip_weights_that_cannot_be_had_are_told_of(tmp_path):
     (tmp_path / 'bad.pt').write_text('no weights')
     settings = FilterSettings(by='clip', clip=f'ViT-B-32:{tmp_path / "bad.pt"}')
-    with pytest.raises(UserError, match='CLIP ViT-B-32'):
+    with pytest.raises(UserError, match='CLIP ViT-B-32.*--filter-clip ViT-B-32:FILE'):
         filters.check_filter(None, plain(3), settings)
 
 

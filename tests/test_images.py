@@ -372,6 +372,15 @@ def test_words_that_cannot_be_read_are_told(tmp_path, text, told):
     assert told in str(e.value)
 
 
+def test_names_that_yaml_reads_as_something_else_are_told(tmp_path):
+    file = tmp_path / 'words.yaml'
+    file.write_text('001: green\non: red\n')
+    with pytest.raises(UserError, match="for 001, on; .*'001' or 'on' in quotation"):
+        read_words(file, ('001', 'on'))
+    file.write_text('"001": green\n"on": red\n')
+    assert read_words(file, ('001', 'on')) == ('green', 'red')
+
+
 def test_a_missing_file_of_words_is_told(tmp_path):
     with pytest.raises(UserError, match='cannot be read .No such file'):
         read_words(tmp_path / 'none.yaml', BOTH)

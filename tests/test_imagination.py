@@ -24,7 +24,9 @@ from diffii.method.imagination import (
 )
 from diffii.method.inversion import InversionPool
 from diffii.method.synthesis import make_batch, make_plan
+from diffii.run import guides
 from diffii.run.folders import RunFolder
+from diffii.run.guides import check_guide
 from diffii.run.review import remake, status
 from diffii.run.runs import synthesize
 
@@ -271,6 +273,23 @@ def test_clip_guides_a_run(make, tmp_path):
 
 
 def test_a_clip_that_cannot_be_had_leaves_no_folder(make, tmp_path):
-    with pytest.raises(UserError, match='CLIP ViT-B-32'):
+    with pytest.raises(UserError, match='--guide-clip ViT-B-32:.*is not a file'):
         make(by='clip', clip=f'ViT-B-32:{tmp_path / "missing.pt"}')
     assert not (tmp_path / 'out').exists()
+
+
+def test_a_network_that_cannot_be_built_leaves_no_folder(make, tmp_path):
+    with pytest.raises(UserError, match='--guide-arch resnet5000: neither'):
+        make(arch='resnet5000')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_guide_that_is_there_needs_no_published_weights(monkeypatch):
+    asked = []
+    monkeypatch.setattr(guides, 'try_network', lambda *about: asked.append(about))
+    settings = GuideSettings(arch='resnet10t')
+
+    check_guide(settings, 2, there=True)
+    check_guide(settings, 2)
+
+    assert asked == [('resnet10t', 2, 224, True, '--guide-arch')]

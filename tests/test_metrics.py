@@ -316,6 +316,38 @@ def test_a_distance_of_image_sets_is_that_of_their_features(
     assert found == pytest.approx(expected, abs=1e-4)
 
 
+class Inception:
+    "Stands for torchmetrics' metric: it says where it was and what it was given."
+
+    device = 'cpu'
+
+    def __init__(self):
+        self.seen = set()
+
+    def to(self, device):
+        self.device = device
+        return self
+
+    def update(self, batch, real):
+        self.seen.add(str(batch.device))
+
+    def compute(self):
+        return 0.0
+
+
+@pytest.mark.parametrize('device', [None, 'meta'])
+def test_inception_runs_where_it_is_told(device, digits, monkeypatch):
+    metric, part = Inception(), digits.subset(range(2))
+    monkeypatch.setattr('diffii.evaluation.metrics._frechet_metric', lambda _: metric)
+    fid(part, part, device=device)
+    assert metric.seen == {device or 'cpu'}
+
+
+def test_the_small_network_has_no_features_of_its_own(digits):
+    with pytest.raises(UserError, match='net small: has no published weights'):
+        features('small', digits)
+
+
 def test_without_torchmetrics_the_remedy_is_told(monkeypatch, real):
     original = builtins.__import__
 

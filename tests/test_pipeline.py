@@ -48,6 +48,7 @@ REFUSED = {
     'no safety checker': (dict(safety_checker=True), 'has no safety checker'),
     'an unknown device': (dict(device='nowhere'), '--device nowhere: cannot be used'),
     'an unknown setting': (dict(colour='red'), 'colour: no such setting'),
+    'a side between two': (dict(size=34), '--size 34: .* of 4 pixels; give 32 or 36'),
 }
 
 

@@ -20,9 +20,18 @@ from diffii.base.processes import (
     Progress,
     check_tracker,
     first_makes,
+    pick_device,
     processes,
 )
 from diffii.data.digits import digits_set
+
+
+def test_what_is_not_told_where_to_run_has_the_device_of_the_process(monkeypatch):
+    of_process = SimpleNamespace(device='mps')
+    monkeypatch.setattr('diffii.base.processes.processes', lambda: of_process)
+
+    assert pick_device() == 'mps'
+    assert pick_device('cuda:1') == 'cuda:1'
 
 
 def launch(n, *args, cwd, what=('-m', 'diffii'), ok=True):
@@ -120,6 +129,18 @@ def test_a_bar_in_a_file_moves_seldom():
 
 def test_the_environment_says_how_often_a_bar_moves():
     assert drawn(TQDM_MININTERVAL='0.02').count('counting') > 10
+
+
+def test_a_log_that_cannot_be_written_is_told_at_once(tmp_path):
+    (tmp_path / 'file').touch()
+    for log in (tmp_path, tmp_path / 'file' / 'log.jsonl'):
+        with pytest.raises(UserError, match=f'--log {log}: cannot be written'):
+            Progress(quiet=True, log=log)
+
+
+def test_the_folder_of_a_log_is_made(tmp_path):
+    Progress(quiet=True, log=tmp_path / 'new' / 'log.jsonl')('fast', 1, 1)
+    assert (tmp_path / 'new' / 'log.jsonl').is_file()
 
 
 def test_the_log_has_few_lines_and_the_last(tmp_path):

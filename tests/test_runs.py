@@ -3,6 +3,7 @@ and how single images are made again."""
 
 import math
 import os
+import re
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,14 +12,17 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from garden import a_record
 from small_runs import GIVEN, MAKING, SUFFIXES, few_birds, hardly_learned
 
 from diffii.base.files import UserError, read_json, write_json
 from diffii.base.pipeline import load_pipeline
 from diffii.base.records import write_record
-from diffii.base.settings import Settings
+from diffii.base.settings import ConceptSettings, Settings
 from diffii.run import review, runs
-from diffii.run.folders import STATE, RunFolder, claim, holds_run, tentative
+from diffii.run.dropping import drop
+from diffii.run.folders import RECORD, STATE, RunFolder
+from diffii.run.folders import claim, holds_run, tentative
 from diffii.run.pools import load_pool
 from diffii.run.review import load_concepts, per_minute, remake, status
 from diffii.run.runs import load_synthetic, synthesize
@@ -183,6 +187,13 @@ def test_remake_refuses_unknown_names_and_other_models(straight, pipe, monkeypat
         remake(pipe, straight.folder, straight.names[0])
 
 
+def test_an_image_that_cannot_be_made_again_says_why(straight, pipe, monkeypatch):
+    monkeypatch.setattr(review, 'make_batch', lambda *job: [None] * len(job[-1]))
+
+    with pytest.raises(UserError, match='00000.png: came out .* --dtype float32, as'):
+        remake(pipe, straight.folder, straight.names[0])
+
+
 @pytest.fixture
 def fail_in(monkeypatch):
     "Let the second image of every category fail in its first attempts."
@@ -220,6 +231,27 @@ def test_an_image_that_always_fails_stops_the_run(make, tmp_path, fail_in):
     fail_in(3)
     with pytest.raises(UserError, match='from 3 seeds'):
         make(tmp_path / 'out', sampling=dict(method='random-noise'))
+
+
+def test_a_run_goes_on_without_images_that_always_fail(make, pipe, tmp_path, fail_in):
+    fail_in(3)
+    out, given = tmp_path / 'out', dict(sampling=dict(method='random-noise'))
+    named = set()
+    for _ in range(3):
+        with pytest.raises(UserError) as error:
+            make(out, **given)
+        words = re.search(r'\((diffii drop .*?)\)', str(error.value))[1].split()
+        assert words[2] == str(out)
+        named |= set(words[3:])
+        drop(out, words[3:])
+        if len(named) == 3:
+            break
+
+    made = make(out, **given)
+
+    assert len(made) == 15
+    assert sorted(named) == sorted(name for name in named if '00001.png' in name)
+    assert (pixels(remake(pipe, out, made.names[0])) == pixels(made.open(0))).all()
 
 
 # ---- going on
@@ -413,12 +445,88 @@ def test_wrong_settings_of_concepts_are_refused_too(pipe, birds, tmp_path):
     [
         (dict(base='0' * 16), 'another model'),
         (dict(classes=('a', 'b', 'c')), 'other categories'),
+        (dict(metaclass='animal'), '--metaclass bird: .* give --metaclass animal'),
     ],
 )
 def test_concepts_of_others_are_refused(make, concepts, tmp_path, change, named):
     with pytest.raises(UserError, match=named):
         make(tmp_path / 'out', concepts=replace(concepts, **change))
     assert not (tmp_path / 'out').exists()
+
+
+@pytest.fixture
+def of_a_folder(pipe, birds, concepts, tmp_path):
+    "A run with a model of a folder on this machine."
+    here = replace(pipe, model=str(tmp_path / 'secret' / 'sd15'))
+    settings = Settings.of(here, 'bird', **GIVEN)
+
+    def run():
+        out = tmp_path / 'out'
+        return synthesize(
+            here, birds, out, settings, SUFFIXES, concepts, progress=False
+        )
+
+    return run
+
+
+def test_the_metadata_does_not_tell_where_a_model_lies(of_a_folder, pipe):
+    made = of_a_folder()
+
+    assert {row['model'] for row in made.rows} == {'sd15'}
+    for file in (made.folder / 'metadata.jsonl', made.folder / 'README.md'):
+        assert 'secret' not in file.read_text()
+    assert 'secret' in RunFolder(made.folder).about()['model']
+    assert (
+        pixels(remake(pipe, made.folder, made.names[0])) == pixels(made.open(0))
+    ).all()
+
+
+def test_a_run_with_a_model_of_a_folder_goes_on(of_a_folder):
+    made = of_a_folder()
+    before = made.images[0].read_bytes()
+    made.images[0].unlink()
+
+    again = of_a_folder()
+
+    assert again.images[0].read_bytes() == before
+    assert again.rows == made.rows
+
+
+def test_a_compiled_network_stands_in_the_record(pipe, birds, concepts, tmp_path):
+    compiled = replace(pipe, compiled=pipe.unet)
+    settings = Settings.of(pipe, 'bird', **GIVEN)
+    common = dict(concepts=concepts, progress=False)
+    out = tmp_path / 'out'
+    synthesize(compiled, birds, out, settings, SUFFIXES, **common)
+
+    assert RunFolder(out).about()['compile']
+    with pytest.raises(UserError, match='compile: true then'):
+        synthesize(pipe, birds, out, settings, SUFFIXES, **common)
+
+
+def test_a_split_ratio_of_less_than_a_step_is_told(make, tmp_path):
+    with pytest.warns(UserWarning, match='--split-ratio 0.1: of 3 steps none is under'):
+        make(tmp_path / 'out', sampling=dict(split_ratio=0.1))
+
+
+def test_prompts_that_are_too_long_are_refused_beforehand(pipe, birds, tmp_path):
+    long = replace(birds, words=('red crowned ' * 20,) * 3)
+    settings = Settings.of(pipe, 'bird', **GIVEN | dict(concepts=dict(learn='none')))
+
+    with pytest.raises(UserError, match='tiny reads 38 tokens, and its prompt has'):
+        synthesize(pipe, long, tmp_path / 'out', settings, SUFFIXES)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_checkpoints_may_be_written_more_often_when_a_run_goes_on(tmp_path):
+    then, now = dict(steps=3, save_every=500), dict(steps=3)
+    claim(tmp_path / 'out', a_record(concepts=then), RECORD)
+
+    claim(tmp_path / 'out', a_record(concepts=now), RECORD)
+
+    assert 'save_every' not in ConceptSettings(save_every=50).deciding()
+    with pytest.raises(UserError, match='concepts: steps: 3 then, 4 now'):
+        claim(tmp_path / 'out', a_record(concepts=now | dict(steps=4)), RECORD)
 
 
 def test_a_method_of_tokens_alone_refuses_a_lora(make, concepts, tmp_path):

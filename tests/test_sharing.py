@@ -12,7 +12,7 @@ from PIL import Image
 from diffii.base.files import UserError
 from diffii.base.settings import ConceptSettings, PushSettings
 from diffii.method.concepts import Concepts
-from diffii.run.folders import RECORD, RunFolder, claim
+from diffii.run.folders import RECORD, RunFolder, claim, read_rows
 from diffii.run.sharing import concept_card, push
 
 CLASSES = ('oak', 'ash')
@@ -125,6 +125,20 @@ def test_large_files_that_the_hub_has_are_not_sent_again(online, trees):
     push(trees.path, 'me/others')
     assert online.objects == sent
     assert sorted(online.files['dataset', 'me/others']) == SET
+
+
+def test_places_on_this_machine_are_not_pushed(online, trees):
+    rows = list(read_rows(trees.plan))
+    rows = [row | dict(model='/home/me/sd15', few_step='/home/me/lcm') for row in rows]
+    trees.write_rows(trees.plan, rows)
+    trees.write_rows(trees.metadata, rows)  # as an earlier version did
+
+    push(trees.path, 'me/trees')
+
+    sent = [row['model'] for row in read_rows(trees.metadata)]
+    assert sent == ['sd15'] * 4
+    assert '/home/me' not in trees.metadata.read_text() + trees.card.read_text()
+    assert 'names of real images' in trees.card.read_text()
 
 
 def test_the_state_goes_along_when_it_is_asked_for(online, trees):

@@ -20,7 +20,7 @@ from diffii.evaluation.statistics import (
 from diffii.evaluation.tables import base_of, condition_of, finished, table_lines
 from diffii.evaluation.tasks import remedies
 from diffii.evaluation.verdicts import Page, comparisons, in_three_measures, rebuild
-from diffii.evaluation.verdicts import usual_row
+from diffii.evaluation.tables import usual_row
 
 RESULTS = Path(__file__).parent.parent / 'nbs' / 'results' / 'cells'
 

@@ -195,6 +195,13 @@ def test_captions_without_settings_are_refused(captions, said):
         ClusterSummariser().summarise(captions, 'bird')
 
 
+@pytest.mark.parametrize('seed', [-1, 2**33])
+def test_any_seed_clusters_captions(seed):
+    captions = ['a bird on a branch', 'a bird in the snow', 'a bird over water'] * 2
+    found = ClusterSummariser().summarise(captions, 'bird', 3, seed)
+    assert sorted(found) == ['in the snow.', 'on a branch.', 'over water.']
+
+
 def test_every_style_of_the_digits_is_found():
     images = digits.digits_set('pool')
     parts = MeasuringCaptioner('digit'), ClusterSummariser()

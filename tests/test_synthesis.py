@@ -101,6 +101,13 @@ def test_images_are_spread_evenly_where_that_is_asked_for(planned):
     assert [sum(r['label'] == c for r in rows) for c in CLASSES] == [11, 10]
 
 
+def test_every_image_that_is_kept_has_as_many_candidates(planned):
+    some = dict(method='real-filter', spread='even', candidates=2, expansion=1)
+    rows = planned(counts=(2, 3), **some)
+
+    assert [sum(r['label'] == c for r in rows) for c in CLASSES] == [6, 4]
+
+
 def test_of_equal_categories_the_spread_changes_nothing(planned):
     assert planned(counts=(3, 3), spread='even') == planned(counts=(3, 3))
 
@@ -408,6 +415,7 @@ def test_a_strip_of_two_equal_images_stays_where_it_is(pipe, concepts, pool):
     equal = InversionPool(pool.classes, latents, pool.names, InversionSettings(steps=3))
 
     strip = circle_strip(pipe, concepts, equal, 0, n=3)
+    assert len(circle_strip(pipe, concepts, equal, 0, n=1)) == 1
 
     assert np.abs(pixels(strip) - pixels(strip[:1])).max() <= 2
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from diffii.base.files import UserError
 from diffii.base.pipeline import load_pipeline
 from diffii.data.tiny_model import (
     MAX_TOKENS,
@@ -14,6 +15,7 @@ from diffii.data.tiny_model import (
     bend,
     learning_rate,
     save_tiny,
+    tiny_models,
     tiny_tokenizer,
     train_stage,
     train_tiny,
@@ -142,6 +144,22 @@ def test_a_resumed_stage_equals_an_uninterrupted_one(tmp_path):
     resumed, steps = toy_run(tmp_path / 'resumed')
     assert steps == [3, 4]
     assert torch.allclose(whole, resumed, atol=1e-7)
+
+
+def test_a_stage_does_not_go_on_with_other_settings(tmp_path):
+    toy_run(tmp_path, stop_after=3)
+    module = torch.nn.Linear(4, 1)
+    other = train_stage('toy', {'m': module}, None, Stage(4, 0.2), tmp_path)
+
+    with pytest.raises(UserError, match='other settings .*lr=0.1.* delete what is in'):
+        next(other)
+
+
+def test_fresh_weights_leave_the_random_state_alone(tokenizer):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    tiny_models(tokenizer, seed=7)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):

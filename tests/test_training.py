@@ -366,6 +366,12 @@ def test_weights_that_are_asked_for_must_be_there(images):
         suited_classifier(images, dict(arch='timm/resnet10t', pretrained=True))
 
 
+def test_another_network_does_not_ask_for_the_weights_of_the_one_before(images):
+    before = dict(arch='timm/resnet10t', pretrained=True)
+    found, _ = suited_classifier(images, dict(arch='small'), before)
+    assert not found.pretrained
+
+
 def test_an_unknown_network_is_refused(images):
     with pytest.raises(UserError, match='neither timm nor torchvision'):
         suited_classifier(images, dict(arch='timm/resnet5000'))

@@ -27,6 +27,7 @@ from diffii.app.options import (
     check_images,
     merged,
     read_images,
+    run_settings,
     takes,
     voice,
 )
@@ -38,7 +39,6 @@ from diffii.base.settings import (
     Settings,
     config_text,
     group_kinds,
-    model_notes,
 )
 
 # %% ../../nbs/app/cli.ipynb #bfa5401f
@@ -122,8 +122,7 @@ def augment(
     plan: Annotated[bool, PlanOption] = False,
 ):
     "Make synthetic images from your own."
-    given = merged(Settings, config, given, images)
-    settings = Settings.of(model_notes(given['model'].get('model', 'tiny')), **given)
+    settings, given = run_settings(config, given, images)
     if print_config:
         print(config_text(settings))
         return
@@ -184,17 +183,17 @@ def _augment(settings, given):
     from diffii.base.processes import processes
     from diffii.evaluation.gallery import write_review
     from diffii.run.concept_files import open_concepts
-    from diffii.run.folders import STATE, holds_run, tentative
+    from diffii.run.folders import RECORD, RunFolder, holds_run, tentative
     from diffii.run.planning import check_fits
     from diffii.run.runs import run_suffixes, synthesize
 
-    run, state = settings.run, Path(settings.run.out) / STATE
+    run, folder = settings.run, RunFolder(settings.run.out)
     # tells at once of a folder that is used
-    begun = holds_run(run.out, f'{STATE}/run.json')
+    begun = holds_run(run.out, RECORD)
     say, progress = voice(run.log)
     images = read_images(settings.images, run.seed)
     check_checkpoint(settings.model)
-    with tentative(state / 'suffixes.json', state / 'run.json'):
+    with tentative(folder.suffixes, folder.record):
         suffixes, source = run_suffixes(settings, images, Path(run.out), progress)
         kinds = f'{len(images.classes)} categories ({images.metaclass})'
         say(f'{len(images)} images of {kinds}; {len(suffixes)} suffixes: {source}')

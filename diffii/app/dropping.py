@@ -51,7 +51,8 @@ def score(
     real, pipe = _real_images(folder, images), None
     if any(SCORERS[name].model for name in by):
         pipe = pipe_of(folder, given['model'])
-    found = score_images(folder, by, real, settings, pipe, progress)
+    of_run = folder, by, real, settings, pipe, progress
+    found = score_images(*of_run, given['model'].get('device'))
     for name in by:
         say(f'{name:<10} {_range(found[name].values())}')
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TITLES', 'FIRST', 'WHOLE', 'ImagesArgument', 'ConfigOption', 'PrintOption', 'LogOption', 'option_of', 'default_text',
-           'takes', 'merged', 'check_images', 'read_images', 'voice']
+           'takes', 'merged', 'run_settings', 'check_used', 'check_images', 'read_images', 'voice']
 
 # %% ../../nbs/app/options.ipynb #eb25e24a
 import inspect
@@ -15,13 +15,18 @@ from typing import Annotated, Optional
 
 import typer
 
+from ..base.files import require
 from diffii.base.settings import (
+    NO_FEW_STEP,
     ImageSettings,
+    ModelSettings,
     Settings,
     Spec,
     group_kinds,
     model_notes,
+    put_over,
     read_config,
+    read_value,
     specs,
 )
 
@@ -146,7 +151,12 @@ def merged(
 ) -> dict:
     "Settings of a file, and over them those of the line."
     found = read_config(config, groups) if config else {}
-    both = {k: {**found.get(k, {}), **given.get(k, {})} for k in group_kinds(groups)}
+    if groups is Settings:
+        both = put_over(found, given)
+    else:
+        both = {
+            k: {**found.get(k, {}), **given.get(k, {})} for k in group_kinds(groups)
+        }
     if images is not None:
         both['images']['folder'] = str(images)
     return both
@@ -165,14 +175,42 @@ PrintOption = typer.Option(
 )
 LogOption = typer.Option(help='A file that gets the progress as lines of JSON.')
 
+# %% ../../nbs/app/options.ipynb #b75e0021
+def run_settings(
+    config: Path | None,  # a file of settings
+    line: dict,  # what was typed, by group
+    images: Path | None,  # the argument
+) -> tuple:  # (Settings, what is given of them by group)
+    "What is in force, as far as it is known before the model is loaded."
+    given = merged(Settings, config, line, images)
+    notes = model_notes(given['model'].get('model', ModelSettings.model))
+    settings = Settings.of(notes, **given)
+    check_used(settings, line)
+    return settings, given
+
+
+def check_used(
+    settings: Settings,  # as they are in force
+    line: dict,  # what was typed, by group
+):
+    "Raise `UserError` for an option that the other settings leave without effect."
+    for group, kind in group_kinds(Settings).items():
+        for spec in specs(kind):
+            if spec.name not in line.get(group, {}):
+                continue
+            asked = read_value(spec, line[group][spec.name])
+            found = getattr(getattr(settings, group), spec.name)
+            off = spec.name == 'few_step' and asked in NO_FEW_STEP
+            text = f'{spec.option} {_typed(asked)}: has no effect here; the other'
+            used = off or asked == found
+            require(used, f'{text} settings make it {_typed(found)}, so leave it out')
+
 # %% ../../nbs/app/options.ipynb #d8be7e8a
 def check_images(
     given: dict,  # values by group
     metaclass: bool = True,  # must it be given too?
 ):
     "Raise `UserError` where no images are named, or not what they are."
-    from diffii.base.files import require
-
     about = given['images']
     text = 'IMAGES: give a folder with a sub-folder for each category'
     require(about.get('folder'), text)

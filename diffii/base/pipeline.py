@@ -134,6 +134,12 @@ def tf32(self: Pipeline) -> bool:
 
 
 @patch(as_prop=True)
+def compile(self: Pipeline) -> bool:
+    "Whether the U-Net is compiled."
+    return self.compiled is not None
+
+
+@patch(as_prop=True)
 def text_parts(self: Pipeline) -> list:
     "Names of tokenizer and text encoder, for each text encoder there is."
     names = [(f'tokenizer{s}', f'text_encoder{s}') for s in ('', '_2')]
@@ -193,10 +199,12 @@ def load_pipeline(
     pipe = read_checkpoint(model)
     side = pipe.unet.config.sample_size
     side = side if isinstance(side, int) else side[0]
+    size = model.size or side * pipe.vae_scale_factor
+    _check_size(size, pipe.vae_scale_factor)
     loaded = Pipeline(
         pipe,
         model.model,
-        size=model.size or side * pipe.vae_scale_factor,
+        size=size,
         recommended=model_notes(model.model),
         batch_size=model.batch_size,
         vae_batch=model.vae_batch,
@@ -205,6 +213,14 @@ def load_pipeline(
     loaded.offload = model.offload and loaded.device.type in SEPARATE_MEMORY
     loaded.rest()
     return loaded
+
+
+def _check_size(size, factor):
+    "Raise `UserError` for images that latents cannot have."
+    low = size // factor * factor
+    near = ' or '.join(str(n) for n in (low, low + factor) if n)
+    text = f'--size {size}: of this model a side is a multiple of {factor} pixels'
+    require(size % factor == 0, f'{text}; give {near}')
 
 
 def _compiled(unet, backend='inductor'):

@@ -10,7 +10,8 @@ __all__ = ['MAX_TOKENS', 'ENDS', 'bend', 'Pictures', 'base_pictures', 'tiny_toke
 
 # %% ../../nbs/data/tiny_model.ipynb #fd7f5a69
 from ..base.files import load_optimizer_tensors, load_tensors, optimizer_tensors
-from ..base.files import read_json, save_tensors, write_json
+from ..base.files import read_json, require, save_tensors, write_json
+from ..base.seeds import seeded
 from .aviary import BASE, CONTEXTS, bird_caption, draw_birds
 from .digits import digit_caption, digit_image, digit_suffixes, digit_words
 from .digits import grey_of, load_halves
@@ -18,7 +19,7 @@ from .digits import grey_of, load_halves
 import copy
 import json
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 import numpy as np
 import torch
@@ -211,8 +212,8 @@ def tiny_models(
     seed: int = 0,  # of the initial weights
 ) -> dict:  # by the names that diffusers gives the parts of a pipeline
     "The parts of the pipeline with fresh weights."
-    torch.manual_seed(seed)
-    vae, unet, text_encoder = _autoencoder(), _unet(), _text_encoder(tokenizer)
+    with seeded(seed):
+        vae, unet, text_encoder = _autoencoder(), _unet(), _text_encoder(tokenizer)
     return dict(
         vae=vae.to(memory_format=torch.channels_last),
         unet=unet.to(memory_format=torch.channels_last),
@@ -333,6 +334,10 @@ def resume(self: Trainer):
     if not self.file.exists():
         return
     tensors, meta = load_tensors(self.file)
+    # what an older file does not say has its default; checkpoints may be more or fewer
+    then = replace(Stage(**meta['run']), save_every=self.stage.save_every)
+    text = f'{self.file}: was trained with other settings ({then}); give those,'
+    require(then == self.stage, f'{text} or delete what is in {self.file.parent}')
     for key, p in self.params.items():
         p.data.copy_(tensors[f'w.{key}'])
         self.average[key] = tensors[f'ema.{key}']

@@ -8,11 +8,16 @@ __all__ = ['FEW_BASELINES', 'TAIL_BASELINES', 'GROUPS', 'CLAIMS', 'NEEDED', 'MAR
            'claims_on', 'claim_table', 'comparison_table', 'plot_claims']
 
 # %% ../../nbs/evaluation/claims.ipynb #614528ce
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .statistics import COLOURS, MARGIN, Comparison, decide, paired
+import numpy as np
+
+from .statistics import COLOURS, MARGIN, Comparison, decide, p_text
+from .statistics import paired
 from .tables import accuracy, by_trial, finished, lpips, minus
+from .tables import row_title
 from .tasks import RECIPE, ablated
 
 # %% ../../nbs/evaluation/claims.ipynb #e4268118
@@ -37,8 +42,8 @@ def above(
     found = []
     for condition, own in by_condition(cells).items():
         name = f'{condition}, {group}' if group else condition
-        ours, rows = by_trial(own, row, of), {cell['row'] for cell in own}
-        for other in [name for name in baselines if name in rows]:
+        ours = by_trial(own, row, of)
+        for other in baselines:
             differences = minus(ours, by_trial(own, other, of))
             found.append((name, row, other, differences))
     return found
@@ -162,8 +167,7 @@ NEEDED |= dict(
 NEEDED |= dict(h=('few-shot', 'few-shot-10', 'long-tail', 'ood'))
 # what counts as equivalent in a unit that is not accuracy: nothing
 MARGINS = dict(LPIPS=0.0, percent=0.0)
-UNITS = dict(LPIPS='difference in LPIPS, hundredths')
-UNITS |= dict(percent='difference of relative changes, percent')
+UNITS = dict(LPIPS='LPIPS, hundredths', percent='relative change, percent')
 PAIRED = ('b',)  # pairs trials of two experiments, which only one protocol makes alike
 
 
@@ -174,6 +178,7 @@ class Claim:
     letter: str
     text: str
     family: list = field(default_factory=list)
+    not_run: list = field(default_factory=list)  # comparisons without cells, in words
 
     @property
     def verdict(self) -> str:
@@ -183,7 +188,7 @@ class Claim:
             return 'not tested'
         if 'worse' in words:
             return 'contradicted'
-        return 'holds' if words == {'better'} else 'undecided'
+        return 'holds' if words == {'better'} and not self.not_run else 'undecided'
 
 # %% ../../nbs/evaluation/claims.ipynb #dbb48dec
 def claims_on(
@@ -202,24 +207,26 @@ def claims_on(
     protocols = {
         task: record.get('protocol', 1) for task, (record, *_) in found.items()
     }
+    claims = [Claim(letter, text) for letter, (text, _) in CLAIMS.items()]
     asked = []
-    for letter, (_, ask) in CLAIMS.items():
-        if _testable(letter, protocols):
-            asked += [
-                Comparison(
-                    *names,
-                    paired(numbers.values()),
-                    experiment=letter,
-                    margin=MARGINS.get(names[0].rpartition(', ')[2]),
-                )
-                for *names, numbers in ask(cells)
-                if numbers
-            ]
-    decided = decide(asked)
-    return [
-        Claim(letter, text, [c for c in decided if c.experiment == letter])
-        for letter, (text, _) in CLAIMS.items()
-    ]
+    for claim in claims:
+        if _testable(claim.letter, protocols):
+            for *names, numbers in CLAIMS[claim.letter][1](cells):
+                if numbers:
+                    asked.append(_comparison(claim, names, numbers))
+                else:
+                    claim.not_run.append('{}: {} and {}'.format(*names))
+    for c in decide(asked):
+        next(x for x in claims if x.letter == c.experiment).family.append(c)
+    return claims
+
+
+def _comparison(claim, names, numbers):
+    "A comparison of a claim, without its verdict yet."
+    margin = MARGINS.get(names[0].rpartition(', ')[2])
+    return Comparison(
+        *names, paired(numbers.values()), experiment=claim.letter, margin=margin
+    )
 
 
 def _testable(letter, protocols):
@@ -239,6 +246,7 @@ def claim_table(claims: list):  # -> pandas table
     lines = [
         dict(claim=f'({c.letter}) {c.text}', verdict=c.verdict)
         | {word: count(c, word) for word in words}
+        | {'not run': len(c.not_run)}
         for c in claims
     ]
     return pd.DataFrame(lines).set_index('claim')
@@ -249,9 +257,9 @@ def comparison_table(claims: list):  # -> pandas table
     import pandas as pd
 
     lines = [
-        {'claim': f'({claim.letter})', 'condition': c.condition, 'is': c.row}
-        | {'above': c.other, 'difference': c.text}
-        | {'p, corrected': f'{c.p:.3f}', 'verdict': c.verdict}
+        {'claim': f'({claim.letter})', 'condition': c.condition}
+        | {'is': row_title(c.row), 'above': row_title(c.other), 'difference': c.text}
+        | {'p, corrected': p_text(c.p), 'verdict': c.verdict}
         for claim in claims
         for c in claim.family
     ]
@@ -259,32 +267,29 @@ def comparison_table(claims: list):  # -> pandas table
 
 # %% ../../nbs/evaluation/claims.ipynb #e6cfe1f1
 def plot_claims(claims: list):  # -> matplotlib Figure
-    "A panel for each claim, and a labelled dot with its interval for each comparison."
+    """A line for each claim: a dot for each comparison, coloured by its verdict, and the
+    interval and the name of the one that speaks most against it."""
     import matplotlib.pyplot as plt
 
-    panels = _panels(claims)
-    heights = [len(family) + 1.5 for *_, family in panels]
-    size = (9, 0.16 * sum(heights))
-    share = dict(height_ratios=heights, squeeze=False, layout='constrained', dpi=80)
-    fig, axes = plt.subplots(len(panels), 1, figsize=size, **share)
-    points = []  # panels in points of accuracy, which share one axis
-    for ax, (title, unit, family) in zip(axes.flat, panels):
-        _draw_family(ax, family)
-        ax.set_title(title, fontsize=8, loc='left')
-        if unit:
-            ax.set_xlabel(UNITS[unit], fontsize=7)
-        else:
-            points.append(ax)
-            ax.axvspan(-MARGIN, MARGIN, color='0.93', zorder=0)
-    for ax in points[1:]:
-        ax.sharex(points[0])
-    if points:
-        points[-1].set_xlabel('difference in accuracy, points', fontsize=7)
+    lines = _lines(claims)
+    size = (8.5, 0.5 + 0.55 * len(lines))
+    fig, ax = plt.subplots(figsize=size, layout='constrained', dpi=80)
+    ax.axvspan(-MARGIN, MARGIN, color='0.93', zorder=0)
+    ax.axvline(0, color='0.4', lw=0.8)
+    for y, (_, family) in enumerate(lines):
+        _draw_line(ax, y, family)
+    ax.set_yticks(range(len(lines)), [label for label, _ in lines], fontsize=7)
+    ax.set_ylim(len(lines) - 0.4, -0.6)
+    ax.set_xlabel('difference, in points where no other unit is named', fontsize=8)
+    ax.tick_params('x', labelsize=8)
+    for word, colour in COLOURS.items():
+        ax.plot([], [], 'o', ms=4, color=colour, label=word)
+    ax.legend(fontsize=7, loc='upper right')
     return fig
 
 # %% ../../nbs/evaluation/claims.ipynb #3d7a10c2
-def _panels(claims):
-    "For each claim and unit of its comparisons: title, unit ('' for points), family."
+def _lines(claims):
+    "For each claim and unit of its comparisons: label and family."
     found = {}
     for claim in claims:
         for c in claim.family:
@@ -292,19 +297,24 @@ def _panels(claims):
             key = claim.letter, unit if unit in MARGINS else ''
             found.setdefault(key, (claim, []))[1].append(c)
     return [
-        (f'({claim.letter}) {claim.text}: {claim.verdict}', unit, family)
-        for (_, unit), (claim, family) in found.items()
+        (_label(claim, unit), family) for (_, unit), (claim, family) in found.items()
     ]
 
 
-def _draw_family(ax, family):
-    "One panel: a dot for each comparison, the first on top, coloured by its verdict."
-    for i, c in enumerate(family):
-        half = c.found.half if c.found.half < 1e3 else None  # one trial has none
-        style = dict(fmt='o', ms=2.5, lw=0.8, color=COLOURS[c.verdict])
-        ax.errorbar(c.found.mean, i, xerr=half, **style)
-    names = [f'{c.condition}: {c.row} over {c.other}' for c in family]
-    ax.axvline(0, color='0.4', lw=0.8)
-    ax.set_yticks(range(len(family)), names, fontsize=6.5)
-    ax.set_ylim(len(family) - 0.5, -0.5)
-    ax.tick_params('x', labelsize=6.5)
+def _label(claim, unit):
+    "What stands beside a line of the plot."
+    text = textwrap.fill(f'({claim.letter}) {claim.text}', 44)
+    return f'{text}: {claim.verdict}' + (f'\n[{UNITS[unit]}]' if unit else '')
+
+
+def _draw_line(ax, y, family):
+    "The dots of a claim, and the comparison whose interval reaches lowest."
+    halves = [c.found.half if np.isfinite(c.found.half) else 0 for c in family]
+    least = int(np.argmin([c.found.mean - h for c, h in zip(family, halves)]))
+    for c in family:
+        ax.plot(c.found.mean, y, 'o', ms=4, alpha=0.5, color=COLOURS[c.verdict])
+    c = family[least]
+    style = dict(fmt='o', ms=5, capsize=3, color=COLOURS[c.verdict])
+    ax.errorbar(c.found.mean, y, xerr=halves[least], **style)
+    text = f'{c.condition}: {row_title(c.row)} and {row_title(c.other)}'
+    ax.text(c.found.mean - halves[least], y + 0.38, text, fontsize=6.5)

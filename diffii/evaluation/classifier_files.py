@@ -19,6 +19,7 @@ import numpy as np
 from ..base.files import UserError, atomic, load_tensors, require
 from ..base.files import save_tensors, write_json
 from ..base.images import ImageSet
+from ..base.processes import pick_device
 from ..base.records import read_record
 
 # %% ../../nbs/evaluation/classifier_files.ipynb #31fc0da4
@@ -144,7 +145,7 @@ class Classifier:
 # %% ../../nbs/evaluation/classifier_files.ipynb #e15bbd2a
 def load_classifier(
     folder,  # of `save_classifier`, or the one that `diffii train` wrote
-    device: str | None = None,  # by default cuda, if there is one
+    device: str | None = None,  # see `pick_device`
 ) -> Classifier:
     "Read a trained classifier. Raises `UserError` where it is not there or not whole."
     import torch
@@ -155,7 +156,7 @@ def load_classifier(
     if not (folder / NOTES).is_file() and (folder / 'classifier').is_dir():
         folder = folder / 'classifier'
     notes = _read_notes(folder)
-    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    device = pick_device(device)
     network = _network(folder, notes).eval()
     network = network.to(device, memory_format=torch.channels_last)
     classes = tuple(notes['classes'])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PROTOCOL', 'Experiment', 'cell_settings', 'classifier_settings', 'given_classifier', 'paper_classifier', 'learned_as',
            'trial_concepts', 'trial_pool', 'trial_suffixes', 'make_synthetic', 'oracle', 'measure', 'distances',
-           'check_clip', 'clip_weights', 'classifier_seed', 'train_one', 'mean_scores', 'run_cell', 'check',
-           'about_run', 'about_model', 'benchmark', 'missing_cells', 'is_done', 'run_cells', 'draw_strength_strips']
+           'classifier_seed', 'train_one', 'mean_scores', 'run_cell', 'check', 'about_run', 'about_model', 'benchmark',
+           'missing_cells', 'is_done', 'run_cells', 'draw_strength_strips']
 
 # %% ../../nbs/evaluation/experiments.ipynb #a359a737
 import warnings
@@ -18,9 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from ..base.checkpoints import device_name
+from ..base.embeddings import clip_weights, named_clip
 from ..base.files import folder_name, require, save_png
 from ..base.images import check_classes
 from ..base.pictures import grid
+from ..base.prompts import class_prompt
 from ..base.records import read_record, write_record
 from ..base.seeds import seed_of
 from ..base.settings import NO_FEW_STEP, BenchmarkSettings, ClassifierSettings
@@ -164,6 +166,7 @@ def learned_as(train, settings: Settings) -> str:
 
     decided = settings.concepts.deciding()
     del decided['with_words']  # which counts only where there are words
+    decided['save_every'] = settings.concepts.save_every  # as in older folders' names
     words = '+words' if words_of(train, settings.concepts) else ''
     return f'{settings.learned}{words}-{seed_of(*decided.items())}'
 
@@ -281,8 +284,7 @@ def measure(e: Experiment, made, test) -> dict:
 
     found = dict(lpips=_lpips(made, e.device))
     if e.settings.trials.clip:
-        clip = check_clip(e.settings.trials.clip)
-        found |= dict(clip=_clip_score(made, clip, e.device), clip_model=':'.join(clip))
+        found |= _clip_score(made, clip_weights(e.settings.trials.clip), e.device)
     classifier = oracle(e, tuple(made.classes))
     if classifier is None:
         return found
@@ -321,40 +323,13 @@ def _lpips(made, device):
 
 
 def _clip_score(made, clip, device):
-    "CLIP score of synthetic images with 'a photo of a <class> <metaclass>'."
+    "CLIP score of synthetic images with the prompt of their category, and the model."
     from diffii.evaluation.metrics import clip_score
 
-    names = [made.classes[label] for label in made.labels]
-    prompts = [f'a photo of a {name} {made.metaclass}' for name in names]
-    return clip_score(made, prompts, **clip_weights(clip), device=device)
-
-# %% ../../nbs/evaluation/experiments.ipynb #cce4464e
-def check_clip(clip: str | None) -> tuple | None:  # (model, tag or file of weights)
-    "What `--clip` names, as MODEL:TAG or MODEL:FILE. Raises `UserError`."
-    import open_clip
-
-    if not clip:
-        return None
-    model, _, tag = clip.partition(':')
-    model, name = model.replace('/', '-'), f'--clip {clip}'
-    form = 'give a model of open_clip, a colon, and a tag or a file of weights'
-    require(model and tag, f'{name}: {form}, as ViT-B-32:openai')
-    known = model in open_clip.list_models()
-    require(
-        known, f'{name}: open_clip has no model {model}; see open_clip.list_models()'
-    )
-    tags = open_clip.list_pretrained_tags_by_model(model)
-    known = Path(tag).is_file() or tag.lower().replace('-', '_') in tags
-    has = ', '.join(tags) or 'none'
-    require(known, f'{name}: {tag} is not a file, and {model} has the tags {has}')
-    return model, tag
-
-
-def clip_weights(clip: tuple) -> dict:
-    "A pair of `check_clip` as arguments of `clip_model` and `clip_score`."
-    model, tag = clip
-    file = tag if Path(tag).is_file() else None
-    return dict(model=model, pretrained=tag, weights_file=file)
+    texts = [class_prompt(name, made.metaclass) for name in made.classes]
+    prompts = [texts[label] for label in made.labels]
+    found = clip_score(made, prompts, **clip, device=device)
+    return dict(clip=found, clip_model='{model}:{pretrained}'.format(**clip))
 
 # %% ../../nbs/evaluation/experiments.ipynb #1afda880
 def classifier_seed(e: Experiment, trial: int, c: int) -> int:
@@ -444,8 +419,6 @@ def run_cell(e: Experiment, condition, configuration, trial: int) -> dict:
 # %% ../../nbs/evaluation/experiments.ipynb #db75126d
 def check(e: Experiment, grid_: list):
     "Raise `UserError` for what cannot be run of a grid of conditions."
-    from diffii.base.embeddings import clip_model
-
     for condition in grid_:
         train, test = condition.sample(0)
         _check_images(e, condition, train)
@@ -456,8 +429,7 @@ def check(e: Experiment, grid_: list):
         check_classes(test, train.classes, '--test')
         _check_networks(e, condition, len(train.classes))
     if e.settings.trials.clip:
-        clip = check_clip(e.settings.trials.clip)
-        clip_model(**clip_weights(clip), device=e.device)
+        named_clip(e.settings.trials.clip, e.device)
 
 
 def _check_networks(e, condition, n_classes):
@@ -549,7 +521,8 @@ def benchmark(
     from diffii.base.pipeline import load_pipeline
 
     settings = settings or BenchmarkSettings()
-    check_clip(settings.trials.clip)
+    if settings.trials.clip:
+        clip_weights(settings.trials.clip)
     classifier = given_classifier(dataset, settings)
     data = open_data_set(dataset, settings.data)
     grid_ = conditions_of(task, data, settings.trials)
@@ -564,7 +537,8 @@ def benchmark(
         return None
     run_cells(e, todo)
     arch = ClassifierSettings(**classifier).arch
-    table = write_tables(e.out, task, grid_, arch)
+    model = e.settings.model.model
+    table = write_tables(e.out, task, grid_, arch, model)
     if len(table):  # others may be making all cells still
         write_verdicts(e.out)
     return table

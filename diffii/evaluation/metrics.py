@@ -15,6 +15,7 @@ from ..base.backbones import build_model
 from ..base.embeddings import clip_model, into_head, pixels_of, run_network
 from ..base.features import lpips_features, lpips_model
 from ..base.files import UserError, require
+from ..base.processes import pick_device
 from ..method.classifier import evaluate
 
 # %% ../../nbs/evaluation/metrics.ipynb #c0acdf1d
@@ -64,12 +65,6 @@ def _as_set(images, labels=None):
     return images.__getitem__, labels, {k: k for k in labels}
 
 
-def _device(device):
-    import torch
-
-    return device or ('cuda' if torch.cuda.is_available() else 'cpu')
-
-
 def _mean_over_pairs(model, batches, n):
     "Mean LPIPS over all pairs of n images, which come in batches of pixels."
     device = next(model.parameters()).device
@@ -94,7 +89,7 @@ def lpips_diversity(
 ) -> tuple:  # (mean over the categories, dict of each category's mean by name)
     """Mean LPIPS over all pairs of one category, averaged over the categories. A category
     with fewer than two images has no pair and is left out."""
-    model = lpips_model(net, _device(device))
+    model = lpips_model(net, pick_device(device))
     open_image, labels, names = _as_set(images, labels)
     labels = np.asarray(labels)
     if size is None and len(labels):
@@ -183,12 +178,12 @@ def features(
         model = getattr(net, 'learner', net).model
         return into_head(model, lambda: evaluate(net, images, batch_size))
     if isinstance(net, str):
-        model, about = build_model(net, 2, size, pretrained=True)
+        model, about = build_model(net, 2, size, pretrained=True, option='net')
     elif isinstance(net, torch.nn.Module):
         model, about = net, None
     else:
         return np.asarray(net(images), dtype='float32').reshape(len(images), -1)
-    return run_network(model, about, images, size, batch_size, _device(device))
+    return run_network(model, about, images, size, batch_size, device)
 
 # %% ../../nbs/evaluation/metrics.ipynb #cb16d0d1
 def _reach(points, k):
@@ -253,6 +248,7 @@ def fid(
     net=None,
     batch_size: int = 64,
     size: int = 224,  # see `features`
+    # of image sets: where the network runs; Inception by default on the CPU
     device=None,
 ) -> float:
     """Fréchet distance of two feature distributions; of two image sets with Inception's
@@ -266,11 +262,13 @@ def fid(
         pair = [features(net, s, size, batch_size, device) for s in (real, synthetic)]
         return fid(*pair, batch_size=batch_size)
     metric = _frechet_metric(None if of_images else np.asarray(real).shape[1])
+    if of_images and device:
+        metric = metric.to(device)
     for x, is_real in ((real, True), (synthetic, False)):
         for i in range(0, len(x), batch_size):
             if of_images:
                 numbers = range(i, min(len(x), i + batch_size))
-                batch = pixels_of(x.open, numbers, 299)
+                batch = pixels_of(x.open, numbers, 299).to(metric.device)
             else:
                 batch = torch.as_tensor(np.asarray(x[i : i + batch_size], dtype=float))
             metric.update(batch, real=is_real)

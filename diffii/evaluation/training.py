@@ -188,7 +188,8 @@ def suited_classifier(
     if side > SMALL or 'arch' in given and given['arch'] != 'small':
         usual = dict(arch=_photo_network(), size=224)
     found = {**usual, **given}
-    if before and 'pretrained' not in given:
+    same = before and before.get('arch') == found['arch']
+    if same and 'pretrained' not in given:
         found['pretrained'] = before['pretrained']
     line = ''
     if 'pretrained' not in found:

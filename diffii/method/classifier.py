@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainingStream', 'lr_schedule', 'sgd', 'valid_accuracy', 'make_learner', 'Scores', 'score', 'Result', 'together',
-           'evaluate', 'train_classifier']
+           'evaluate', 'train_classifier', 'judge_settings']
 
 # %% ../../nbs/method/classifier.ipynb #e81c1b77
 import contextlib
@@ -18,7 +18,7 @@ from ..base.backbones import body_and_head, build_model
 from ..base.batches import Pixels, Views, one_hot
 from ..base.files import require
 from ..base.images import check_classes
-from ..base.processes import processes, step_reporter
+from ..base.processes import pick_device, processes, step_reporter
 from ..base.seeds import seed_device, seed_of, seeded
 from ..base.settings import ClassifierSettings
 
@@ -144,7 +144,8 @@ def _watch(stream, has_valid, report):
                 return
             finite = bool(self.loss.isfinite())
             loss = self.loss.item()
-            require(finite, f'the training loss became {loss}; lower the learning rate')
+            text = f'the training loss became {loss}; lower the learning rate'
+            require(finite, f'{text}, --classifier-lr')
 
         def after_batch(self):
             if self.training:
@@ -186,7 +187,7 @@ def _training_loader(train, synthetic, settings, views, seed, length):
     batch, n = settings.batch_size, ps.num_processes
     require(
         batch % n == 0 and batch >= 2 * n,
-        f'batch size {batch}: the {n} processes share every batch; give a multiple of '
+        f'--classifier-batch {batch}: {n} processes share every batch; give a multiple of '
         f'{n} that leaves each two images',
     )
     real = views.pixels(train, 'training set')
@@ -302,7 +303,8 @@ class Result(Scores):
 
     seconds: float = 0.0  # of training
     learner: object = field(default=None, repr=False)  # fastai Learner
-    # what was in force: steps, learning rate and device as they came out
+    # what was in force, with steps, learning rate and device as they were resolved; with
+    # `valid` whole epochs are trained, which may be a few steps more
     settings: ClassifierSettings | None = field(default=None, repr=False)
     n_train: int = 0  # real images
     n_synthetic: int = 0  # synthetic images
@@ -310,17 +312,13 @@ class Result(Scores):
 # %% ../../nbs/method/classifier.ipynb #94c64b52
 def _resolved(settings, n_train):
     "Settings with steps, learning rate, image side and device decided."
-    import torch
-
     s, ps = settings or ClassifierSettings(), processes()
     steps, resize = s.steps, s.resize
     if s.epochs is not None:
         steps = -(-int(s.epochs * n_train) // s.batch_size) or 1
     if resize is None:
         resize = s.size if s.size < 128 else s.size * 8 // 7
-    device = s.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    if ps.num_processes > 1:
-        device = str(ps.device)
+    device = pick_device(s.device if ps.num_processes == 1 else None)
     lr = s.lr or (0.1 if s.arch == 'small' else 0.01)
     return replace(s, steps=steps, resize=resize, device=device, lr=lr)
 
@@ -445,3 +443,14 @@ def train_classifier(
         n_train=len(train),
         n_synthetic=n_synthetic,
     )
+
+# %% ../../nbs/method/classifier.ipynb #91c0de02
+def judge_settings(
+    arch: str,  # its network
+    steps: int,  # optimizer steps
+    **more,  # other fields of `ClassifierSettings`
+) -> ClassifierSettings:
+    "The settings of a classifier that judges images."
+    small = arch == 'small'
+    sees = dict(size=32 if small else 224, pretrained=not small)
+    return ClassifierSettings(arch=arch, steps=steps, **sees, **more)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ADAPTER', 'LORA_TARGETS', 'LORA_FILE', 'SAMPLES', 'RELEARN', 'sample_images', 'ExtraEmbeddings', 'Concepts',
-           'named_concepts', 'words_of', 'lora_config', 'add_lora', 'embeddings_file', 'ConceptRecord']
+           'named_concepts', 'words_of', 'check_prompts', 'lora_config', 'add_lora', 'embeddings_file', 'ConceptRecord']
 
 # %% ../../nbs/method/concepts.ipynb #b02a983c
 import copy
 import hashlib
+import warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..base.files import atomic, file_digest, load_tensors, require
 from ..base.files import save_tensors, sort_notes
 from ..base.images import ImageSet, check_words
 from ..base.pipeline import Pipeline, model_digest, same_model
+from ..base.processes import processes
 from ..base.prompts import clean_text, prompt_of
 from ..base.records import inside, read_record, write_record
 from ..base.settings import ConceptSettings, SamplingSettings
@@ -90,6 +92,9 @@ class Concepts:
     # words for each category, said behind its tokens, or instead of its name where it has
     # no tokens; often none
     words: tuple = ()
+    # what they were learned with, where it is known: the seed, and a digest of the images
+    seed: int | None = field(default=None, compare=False)
+    images: str | None = field(default=None, compare=False)
 
     def __post_init__(self):
         check_words(self.words, self.classes)
@@ -102,11 +107,15 @@ class Concepts:
         "The learned tokens of category `k`."
         return [f'<c{k}>' + (f'_{j}' if j else '') for j in range(self.n_tokens)]
 
+    def said(self, k: int) -> list:
+        "What prompts say of category `k` behind its tokens: words, or its name, or nothing."
+        said = self.words or (() if self.n_tokens else self.classes)
+        return [clean_text(text.replace('_', ' ')) for text in said[k : k + 1]]
+
     def prompt(self, k: int, suffix: str = '') -> str:
         "The prompt of category `k`: plain, or with a context suffix behind it."
-        said = self.words or (() if self.n_tokens else self.classes)
-        said = [clean_text(text.replace('_', ' ')) for text in said[k : k + 1]]
-        return prompt_of(self.placeholders(k) + said, self.metaclass, suffix)
+        tokens = self.placeholders(k) + self.said(k)
+        return prompt_of(tokens, self.metaclass, suffix)
 
     def digest(self) -> str:
         "A short digest of the tokens, the LoRA and the words."
@@ -126,6 +135,40 @@ def named_concepts(pipe: Pipeline, images: ImageSet) -> Concepts:
 def words_of(images: ImageSet, settings: ConceptSettings) -> tuple:
     "The words that prompts of learned categories have behind the tokens; often none."
     return tuple(images.words) if settings.with_words else ()
+
+# %% ../../nbs/method/concepts.ipynb #c0de0a02
+def check_prompts(
+    pipe: Pipeline,
+    concepts: Concepts,  # which may have no embeddings yet
+    suffixes=(),  # that may stand behind any category
+):
+    """Raise `UserError` where a text encoder does not read a prompt up to its metaclass,
+    and warn where it cuts suffixes off."""
+    classes, n, word = concepts.classes, concepts.n_tokens, concepts.metaclass
+    plain = [prompt_of(concepts.said(k), word) for k in range(len(classes))]
+    for name, _ in pipe.text_parts:
+        tokenizer = getattr(pipe.pipe, name)
+        room = tokenizer.model_max_length - 2  # without its start and its end
+        length, k = max((n + m, k) for k, m in enumerate(_lengths(tokenizer, plain)))
+        reads = f'{pipe.model} reads {room} tokens'
+        text = f'{classes[k]}: {reads}, and its prompt has {length}'
+        hint = 'give fewer --tokens, or shorter --words or names'
+        require(length <= room, f'{text}; {hint}')
+        cut = sum(length + m > room for m in _lengths(tokenizer, suffixes))
+        if cut and processes().is_main_process:
+            text = f'--suffixes: {reads}, and cuts {cut} of {len(suffixes)} suffixes'
+            where = f'off behind {classes[k]}, whose prompt has {length}'
+            warnings.warn(f'{text} {where}; give shorter ones, or shorter --words')
+            return
+
+
+def _lengths(tokenizer, texts):
+    "How many tokens each text has."
+    texts = [clean_text(text) for text in texts]
+    if not texts:
+        return []
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+    return list(map(len, ids))
 
 # %% ../../nbs/method/concepts.ipynb #9472cc03
 ADAPTER = 'diffii'
@@ -255,8 +298,9 @@ def save(self: Concepts, folder):
         files={file.name: file_digest(file) for file in self._files(folder)},
     )
     about |= dict(words=self.words) if self.words else {}
+    known = dict(seed=self.seed, images=self.images)
+    about |= {name: value for name, value in known.items() if value is not None}
     write_record(Path(folder) / 'concepts.json', about)
-    self.folder = Path(folder)
 
 
 @patch
@@ -314,6 +358,9 @@ class ConceptRecord:
     # SHA-256 of the files beside it; an older version had none
     files: dict[str, str] = field(default_factory=dict)
     words: list[str] = field(default_factory=list)  # for each category; often none
+    # an older version did not write these two
+    seed: int | None = None
+    images: str | None = None  # digest of the training images
 
 
 RELEARN = 'restore it, or delete the folder to learn the concepts again'
@@ -341,8 +388,9 @@ def load(cls: Concepts, folder) -> Concepts:
     embeddings = [_load_embeddings(embeddings_file(folder, i), classes) for i in parts]
     lora = _load_lora(Path(folder) / LORA_FILE) if settings.rank else {}
     named = classes, about['metaclass'], settings, about['base']
-    words = tuple(about.get('words', ()))
-    return cls(*named, embeddings, lora, about['log'], Path(folder), words)
+    words, seed = tuple(about.get('words', ())), about.get('seed')
+    learned = embeddings, lora, about['log'], Path(folder), words
+    return cls(*named, *learned, seed, about.get('images'))
 
 # %% ../../nbs/method/concepts.ipynb #c1ca32b8
 def _load_embeddings(file, classes):

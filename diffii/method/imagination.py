@@ -16,8 +16,8 @@ from ..base.embeddings import named_clip
 from ..base.images import ImageSet
 from ..base.pipeline import Pipeline
 from ..base.processes import processes
-from ..base.settings import ClassifierSettings, GuideSettings
-from .classifier import train_classifier
+from ..base.settings import GuideSettings
+from .classifier import judge_settings, train_classifier
 
 import torch
 from torch.nn import functional as F
@@ -103,12 +103,10 @@ def train_guide(
     device: str | None = None,
 ) -> tuple:  # (network, side of what it sees)
     "A classifier of the training images. All processes must come here."
-    small, n = settings.arch == 'small', processes().num_processes
-    of_classifier = ClassifierSettings(
-        arch=settings.arch,
-        size=32 if small else 224,
-        pretrained=not small,
-        steps=settings.training,
+    n = processes().num_processes
+    of_classifier = judge_settings(
+        settings.arch,
+        settings.training,
         batch_size=-(-32 // n) * n,
         flip=flip,
         device=device,
@@ -126,8 +124,10 @@ def guide_of(
 ) -> Guide:
     "A guide from a classifier's weights, or from CLIP. Raises `UserError`."
     if settings.by == 'clip':
-        return Guide(clip_look(named_clip(settings.clip, device), prompts), settings)
-    network, stats = build_model(settings.arch, len(prompts), size)
+        clip = named_clip(settings.clip, device, '--guide-clip')
+        return Guide(clip_look(clip, prompts), settings)
+    n, option = len(prompts), '--guide-arch'
+    network, stats = build_model(settings.arch, n, size, option=option)
     network.load_state_dict(weights)
     return Guide(classifier_look(network.to(device), size, stats), settings)
 

@@ -31,6 +31,7 @@ from ..base.seeds import deterministic, generator, seed_of
 from ..base.settings import ConceptSettings
 from .concepts import ADAPTER, SAMPLES, Concepts, add_lora, lora_config
 from .concepts import sample_images, words_of
+from .diffusion import noised
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +133,7 @@ class ConceptLearner(nn.Module):
         sizes: torch.Tensor | None = None,  # (n, 6), which SDXL is told
     ) -> torch.Tensor:  # the mean squared error
         a = self.abar[timesteps].view(-1, 1, 1, 1)
-        x_t = a.sqrt() * x0 + (1 - a).sqrt() * noise
+        x_t = noised(x0, noise, a)
         present, which = labels.unique(return_inverse=True)
         cond = self.pipe.encode_ids([ids[present] for ids in self.ids])[which]
         if self.settings.size_ids == 'image':
@@ -173,7 +174,9 @@ class ConceptTraining:
         count = len(images.classes) * settings.n_tokens
         start = start_embeddings(pipe, count, settings, images.metaclass, seed)
         about = images.classes, images.metaclass, settings, model_digest(pipe)
-        self.concepts = Concepts(*about, start, {}, words=words_of(images, settings))
+        known = dict(seed=seed, images=images.digest())
+        known |= dict(words=words_of(images, settings))
+        self.concepts = Concepts(*about, start, {}, **known)
         self.batches = LatentBatches(pipe, images, settings, seed)
         self.done = 0  # steps that were made
         self.skipped = 0  # of these, steps whose gradients were too large for float16
@@ -285,6 +288,7 @@ class CheckpointNotes:
     settings: ConceptSettings
     classes: list[str]
     words: list[str] = field(default_factory=list)  # for each category
+    images: str | None = None  # digest of the training images; older files have none
     skipped: int = 0  # steps whose gradients were too large for float16
     scaler: dict | None = None  # the scale of its losses
 
@@ -300,7 +304,7 @@ def write_checkpoint(self: ConceptTraining, file: Path):
     about = dict(step=self.done, seed=self.seed, log=concepts.log, base=concepts.base)
     about |= dict(settings=asdict(concepts.settings), classes=concepts.classes)
     about |= dict(words=concepts.words) if concepts.words else {}
-    about |= dict(skipped=self.skipped)
+    about |= dict(skipped=self.skipped, images=concepts.images)
     if self.accelerator.scaler:
         about |= dict(scaler=self.accelerator.scaler.state_dict())
     save_tensors(file, {**tensors, **optimizer_tensors(self.optimizer)}, about)
@@ -315,6 +319,8 @@ def read_checkpoint(self: ConceptTraining, file: Path):
     run = f'{file}: belongs to a run with another'
     same = same_model(about['base'], concepts.base)
     require(same, f'{run} model; delete it or give the old one')
+    same = about.get('images') in (None, concepts.images)
+    require(same, f'{run} set of training images; delete it or give the old ones')
     now = dict(settings=_decided(concepts.settings), classes=list(concepts.classes))
     now |= dict(words=list(concepts.words))
     about.setdefault('words', [])
@@ -500,7 +506,7 @@ def learn_concepts(
     settings = settings or ConceptSettings.of(pipe, images.metaclass)
     check_learning(pipe, images, settings)
     if folder and (Path(folder) / 'concepts.json').is_file():
-        return _learned_before(pipe, images, settings, folder)
+        return _learned_before(pipe, images, settings, seed, folder)
     device, about = (pipe.device, pipe.dtype), asdict(settings)
     acc = training_accelerator(*device, about, folder, tracker)
     training = ConceptTraining(pipe, images, settings, seed, acc)
@@ -515,6 +521,8 @@ def learn_concepts(
     finally:
         for t in acc.trackers:
             t.finish()
+    if folder:
+        concepts.folder = Path(folder)
     if folder and acc.is_main_process:
         concepts.save(folder)
         file.unlink(missing_ok=True)
@@ -541,7 +549,7 @@ def _decided(settings):
     return found
 
 
-def _learned_before(pipe, images, settings, folder):
+def _learned_before(pipe, images, settings, seed, folder):
     "The concepts in a folder. Raises `UserError` where they are not the ones asked for."
     concepts = Concepts.load(folder)
     same = (
@@ -549,10 +557,12 @@ def _learned_before(pipe, images, settings, folder):
         and tuple(concepts.classes) == tuple(images.classes)
         and tuple(concepts.words) == words_of(images, settings)
         and same_model(concepts.base, model_digest(pipe))
+        and concepts.seed in (None, seed)
+        and concepts.images in (None, images.digest())
     )
     other = (
-        f'{folder}: holds concepts of other settings, categories or another model; '
-        'delete it, or give another folder'
+        f'{folder}: holds concepts of other settings, categories or images, of another '
+        'seed or another model; delete it, or give another folder'
     )
     require(same, other)
     return concepts

@@ -164,7 +164,9 @@ def _clusters(texts, weights, n, seed):
 
     vectorizer = TfidfVectorizer(token_pattern=r'\w+', ngram_range=(1, 2))
     vectors = vectorizer.fit_transform(texts)
-    kmeans = KMeans(min(n, len(texts)), n_init=4, random_state=seed)
+    # scikit-learn takes seeds of 32 bits
+    state = seed if 0 <= seed < 2**32 else seed_of(seed, 'clusters') % 2**32
+    kmeans = KMeans(min(n, len(texts)), n_init=4, random_state=state)
     cluster = kmeans.fit_predict(vectors, sample_weight=weights)
     # cosine with each setting, as often as it occurs
     near = (vectors @ vectors.T).toarray() * weights

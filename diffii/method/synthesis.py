@@ -195,10 +195,10 @@ def iter_plan(
 
 def _unnumbered(plan, counts):
     "The rows of a plan, without the numbers of their batches."
-    filtered = METHODS[plan.settings.method].filtered
-    times = plan.settings.expansion * (plan.settings.candidates if filtered else 1)
-    for k, n in enumerate(spread_out(counts, times, plan.settings.spread)):
-        for j, own in enumerate(_sources(plan, k, n)):
+    settings = plan.settings
+    for_one = settings.candidates if METHODS[settings.method].filtered else 1
+    for k, n in enumerate(spread_out(counts, settings.expansion, settings.spread)):
+        for j, own in enumerate(_sources(plan, k, for_one * n)):
             yield plan_row(plan, k, j, own)
 
 
@@ -461,7 +461,8 @@ def circle_strip(
     first, second = pool.latents[k][a][None], pool.latents[k][b][None]
     # Eq. 7 turns away from the second image, so the strength falls from a whole circle
     whole = 2 * math.pi / max(angle(first, second).item(), MIN_ANGLE)
-    latents = [slerp(first, second, (1 - i / (n - 1)) * whole) for i in range(n)]
+    turns = [1 - i / max(n - 1, 1) for i in range(n)]
+    latents = [slerp(first, second, turn * whole) for turn in turns]
     settings = SamplingSettings.of(
         pipe, split_ratio=0, guidance_scale=guidance_scale, steps=pool.settings.steps
     )

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCALARS', 'SIZES', 'CARD', 'YOURS', 'columns', 'form_of', 'Summary', 'summary_of', 'size_category', 'header',
-           'card_text', 'write_card']
+           'name_alone', 'card_text', 'write_card']
 
 # %% ../../nbs/run/cards.ipynb #867a0e30
+import os
 import shlex
 import warnings
 from dataclasses import dataclass, field
@@ -106,6 +107,13 @@ def header(
         configs=[dict(config_name='default', **own)],
     )
 
+# %% ../../nbs/run/cards.ipynb #c0de0a04
+def name_alone(place: str) -> str:
+    "A model or file of this machine without its folder; a name on the hub as it is."
+    path = Path(place)
+    here = path.is_absolute() or place.startswith('.') or path.exists()
+    return os.path.basename(os.path.abspath(place)) if here else place
+
 # %% ../../nbs/run/cards.ipynb #d4428a0a
 CARD = """# {name}
 
@@ -115,8 +123,8 @@ from {real} real images of {k} categories ({metaclass}), seed {seed}.{redrawn}
 Use them as training data beside the real ones, never as test data.
 
 `train/` has a folder of images for each category, and `metadata.jsonl` says of each image
-what it was made from. Where the folder `.diffii` is kept beside it,
-`diffii remake {words} FILE_NAME` makes one again.
+what it was made from; its `sources` are the names of real images. Where the folder
+`.diffii` is kept beside it, `diffii remake {words} FILE_NAME` makes one again.
 
 ```python
 datasets.load_dataset({text})['train']  # all of the metadata
@@ -149,7 +157,7 @@ def card_text(
         version=__version__,
         method=method,
         paper=METHODS[method].paper or 'nothing is made',
-        model=Path(model).name if Path(model).is_dir() else model,
+        model=name_alone(model),
         real=len(about['images']),
         k=len(about['classes']),
         metaclass=about['metaclass'],

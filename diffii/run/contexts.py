@@ -26,7 +26,7 @@ def get_captioner(
     name: str,  # 'measure', or a hub id or folder of an image-to-text model
     metaclass: str,  # the word for all categories
     seed: int = 0,
-    **settings,  # of `ModelCaptioner`
+    **settings,  # of `ModelCaptioner`, as its device
 ):
     "The captioner of that name."
     if name == 'measure':
@@ -36,14 +36,15 @@ def get_captioner(
 
 def get_summariser(
     name: str = 'cluster',  # 'cluster', 'openai:MODEL', or a hub id or folder of a chat model
-    **settings,  # of the class
+    device: str | None = None,  # where a chat model runs
+    **settings,  # others of the class
 ):
     "The summariser of that name."
     if name == 'cluster':
         return ClusterSummariser()
     kind, colon, model = name.partition(':')
     if not colon or kind != 'openai':
-        return ChatSummariser(name, **settings)
+        return ChatSummariser(name, device=device, **settings)
     text = f'--summariser {name}: name the model behind the colon'
     require(model.strip(), f'{text}, as openai:gpt-4-turbo')
     return EndpointSummariser(model.strip(), **settings)
@@ -94,6 +95,7 @@ def choose_suffixes(
     seed: int = 0,
     fallback=None,  # suffixes to use where nothing is known
     progress=lambda stage, done, all: None,  # called after each caption
+    device: str | None = None,  # where models run that are named
 ) -> tuple:  # (suffixes, where they come from, in words)
     "The suffixes of a run, by the first way that applies; `UserError` where none does."
     if spec:
@@ -103,9 +105,9 @@ def choose_suffixes(
         some = images is not None and len(images)
         require(some, '--captioner: there are no images to caption')
         if isinstance(captioner, str):
-            captioner = get_captioner(captioner, metaclass, seed)
+            captioner = get_captioner(captioner, metaclass, seed, device=device)
         if isinstance(summariser, str):
-            summariser = get_summariser(summariser)
+            summariser = get_summariser(summariser, device)
         source = f'summed up from {len(images)} captions'
         parts = captioner, summariser, seed
         return make_suffixes(images, metaclass, *parts, progress=progress), source

@@ -172,6 +172,7 @@ def score(
     settings: FilterSettings | None = None,
     pipe: Pipeline | None = None,  # the model it was made with, for `denoising`
     progress: Callable = lambda stage, done, all: None,
+    device: str | None = None,  # where other networks run, see `pick_device`
 ) -> dict:  # name -> the score of each image by its file name
     "Score the images of a folder; the scores come into its metadata. Raises `UserError`."
     folder = RunFolder(out)
@@ -186,7 +187,7 @@ def score(
         about['seed'],
         progress,
     )
-    job.pipe, job.concepts = pipe, load_concepts(out)
+    job.pipe, job.concepts, job.device = pipe, load_concepts(out), device
     attached = job.concepts.attached(pipe) if pipe else nullcontext()
     with held(folder), attached:
         found = {name: score_folder(job, folder, name) for name in by}

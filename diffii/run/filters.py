@@ -17,19 +17,19 @@ from operator import itemgetter
 
 import numpy as np
 
-from ..base.backbones import build_model, square
+from ..base.backbones import build_model, square, try_network
 from ..base.batches import one_hot
 from ..base.embeddings import clip_vectors, named_clip, run_network
 from ..base.features import lpips_features, lpips_model
 from ..base.files import require, write_json
 from ..base.images import ImageSet, read_image
 from ..base.pipeline import Pipeline
-from ..base.processes import processes
-from ..base.prompts import clean_text, prompt_of
+from ..base.processes import pick_device, processes
+from ..base.prompts import class_prompt
 from ..base.records import inside
 from ..base.seeds import generator, seed_of
-from ..base.settings import ClassifierSettings, FilterSettings, SamplingSettings
-from ..method.classifier import train_classifier
+from ..base.settings import FilterSettings, SamplingSettings
+from ..method.classifier import judge_settings, train_classifier
 from ..method.concepts import Concepts
 from ..method.diffusion import noised
 from ..method.inversion import source_of
@@ -51,6 +51,7 @@ class Scoring:
     flip: bool = False  # a mirrored image is of the same category
     seed: int = 0
     progress: Callable = lambda stage, done, all: None
+    device: str | None = None  # where other networks run, see `pick_device`
 
     @property
     def parents(self) -> list:  # a tuple of positions for each synthetic image
@@ -104,15 +105,9 @@ def classifier_scores(job: Scoring) -> np.ndarray:
 
 def _own_probability(job, train, made):
     "The probability of each image's own category by a classifier of `train`."
-    arch = job.settings.arch
-    settings = ClassifierSettings(
-        arch=arch,
-        size=32 if arch == 'small' else 224,
-        pretrained=arch != 'small',
-        steps=job.settings.steps,
-        flip=job.flip,
-    )
-    found = train_classifier(train, made, settings=settings, seed=job.seed)
+    about = dict(flip=job.flip, device=job.device)
+    judge = judge_settings(job.settings.arch, job.settings.steps, **about)
+    found = train_classifier(train, made, settings=judge, seed=job.seed, progress=False)
     return (found.probabilities * targets_of(made)).sum(1)
 
 
@@ -213,22 +208,23 @@ def distances(
 # %% ../../nbs/run/filters.ipynb #dca5394e
 def lpips_scores(job: Scoring) -> np.ndarray:
     "Minus the distance to the centre of the category's real images in LPIPS' features."
-    net = lpips_model(job.settings.lpips)
+    net = lpips_model(job.settings.lpips, pick_device(job.device))
     found = np.full(len(job.made), np.nan)
     for k in range(len(job.made.classes)):
         own, near = job.made.of_class(k), job.real.of_class(k)
         if own and near:
-            pair = (
-                [s.open(i) for i in p] for s, p in ((job.real, near), (job.made, own))
-            )
-            found[own] = -distances(*pair, net).numpy()
+            real = [job.real.open(i) for i in near]
+            made = (job.made.open(i) for i in own)
+            found[own] = -distances(real, made, net).numpy()
     return found
 
 # %% ../../nbs/run/filters.ipynb #06b95110
 def features_scores(job: Scoring) -> np.ndarray:
     "Mean cosine with the category's real images, but for the parents, in a network's features."
-    net, size = build_model(job.settings.features, 2, 224, pretrained=True), 224
-    real, made = (_unit(run_network(*net, s, size)) for s in (job.real, job.made))
+    name, size, option = job.settings.features, 224, '--filter-features'
+    net = build_model(name, 2, size, pretrained=True, option=option)
+    seen = partial(run_network, *net, size=size, device=job.device)
+    real, made = _unit(seen(images=job.real)), _unit(seen(images=job.made))
     cosines, found = made @ real.T, np.full(len(job.made), np.nan)
     for i, (k, parents) in enumerate(zip(job.made.labels, job.parents)):
         own = job.real.of_class(k)
@@ -245,9 +241,8 @@ def _unit(vectors):
 # %% ../../nbs/run/filters.ipynb #3082391c
 def clip_scores(job: Scoring) -> np.ndarray:
     "Probability of the own category's name among all names, by CLIP."
-    clip = named_clip(job.settings.clip)
-    names = [clean_text(c.replace('_', ' ')) for c in job.made.classes]
-    prompts = [prompt_of([n], job.made.metaclass) for n in names]
+    clip = named_clip(job.settings.clip, job.device, '--filter-clip')
+    prompts = [class_prompt(name, job.made.metaclass) for name in job.made.classes]
     images, texts = clip_vectors(clip, job.made, prompts)
     scale = clip[0].logit_scale.exp().cpu()
     p = (scale * images @ texts.T).softmax(1).numpy()
@@ -368,14 +363,17 @@ def check_filter(pipe: Pipeline, images: ImageSet, settings: FilterSettings):
             alone,
             f'{text} one process; leave it out, then: diffii score and diffii drop --worst',
         )
+        judge = judge_settings(settings.arch, settings.steps)
+        network = judge.arch, len(images.classes), judge.size, judge.pretrained
+        try_network(*network, '--filter-arch')
     elif settings.by == 'denoising':
         check_denoising(pipe, len(images.classes))
     elif settings.by == 'clip':
-        named_clip(settings.clip)
+        named_clip(settings.clip, 'cpu', '--filter-clip')
     elif settings.by == 'lpips':
         lpips_model(settings.lpips)
     elif settings.by == 'features':
-        build_model(settings.features, 2, 224, pretrained=True)
+        try_network(settings.features, 2, 224, True, '--filter-features')
 
 # %% ../../nbs/run/filters.ipynb #4f0b8f5e
 def nearest(

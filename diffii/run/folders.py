@@ -35,7 +35,7 @@ from diffii.base.records import (
     write_record,
 )
 from ..base.settings import ConceptSettings, EditSettings, GuideSettings
-from ..base.settings import InversionSettings, SamplingSettings
+from ..base.settings import InversionSettings, SamplingSettings, specs
 from .digests import Digests
 
 # %% ../../nbs/run/folders.ipynb #25e0febc
@@ -117,13 +117,24 @@ def claim(
         head = dict(format=FORMAT, diffii=__version__)
         write_record(Path(out) / record, {**head, **about})
         return
-    then = {k: v for k, v in run_record(out, record).items() if k not in ASIDE}
-    found = differences(then, json.loads(json.dumps(about)))
+    then = _compared(run_record(out, record), record)
+    found = differences(then, _compared(json.loads(json.dumps(about)), record))
     require(
         not found,
         f'--out {out}: holds a run with other settings ({"; ".join(found[:5])}); give '
         'another folder, or the old settings to go on',
     )
+
+
+def _compared(about, record):
+    "What of a record is compared: of concepts, not what is aside in this version."
+    found = {k: v for k, v in about.items() if k not in ASIDE}
+    if record == RECORD and isinstance(found.get('concepts'), dict):
+        known = specs(ConceptSettings)
+        aside = {spec.name for spec in known if spec.about.get('aside')}
+        concepts = found['concepts'].items()
+        found['concepts'] = {k: v for k, v in concepts if k not in aside}
+    return found
 
 # %% ../../nbs/run/folders.ipynb #665224a0
 @dataclass
@@ -257,7 +268,7 @@ DROPPED = 'restore it, or delete it to have the dropped images back'
 
 # %% ../../nbs/run/folders.ipynb #9d965e60
 # properties of a loaded model that stand in the record where they are set
-IF_SET = ('vae_tiling', 'tf32', 'safety_checker')
+IF_SET = ('vae_tiling', 'tf32', 'safety_checker', 'compile')
 
 
 @dataclass(kw_only=True)
@@ -285,6 +296,7 @@ class RunRecord(Head):
     vae_tiling: bool = False
     tf32: bool = False
     safety_checker: bool = False
+    compile: bool = False
 
     def __post_init__(self):
         ok = self.size >= 8 and self.batch_size >= 1
@@ -588,7 +600,7 @@ def held(
     number: int = 0,  # of this process, where several share a run
 ):
     """Hold the folder's lock for the time of the block, or raise `UserError`. What a killed
-    process left half-written goes."""
+    process left half-written goes, where this process is alone."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(folder.state / f'lock{number or ""}')

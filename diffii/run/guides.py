@@ -10,6 +10,7 @@ import warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+from ..base.backbones import try_network
 from ..base.embeddings import named_clip
 from ..base.files import DamagedFile, save_tensors
 from ..base.images import ImageSet
@@ -17,6 +18,7 @@ from ..base.pipeline import Pipeline
 from ..base.processes import processes
 from ..base.records import read_tensors
 from ..base.settings import EditSettings, GuideSettings
+from ..method.classifier import judge_settings
 from ..method.concepts import Concepts
 from ..method.editing import edits_of
 from ..method.few_step import FewStep
@@ -84,10 +86,18 @@ def open_guide(
     return guide_of(settings, prompts, notes['size'], weights, pipe.device)
 
 
-def check_guide(settings: GuideSettings):
-    "Raise `UserError` for a CLIP that cannot be loaded."
+def check_guide(
+    settings: GuideSettings,
+    n_classes: int,
+    there: bool = False,  # the classifier is trained and lies in the run's folder
+):
+    "Raise `UserError` for a CLIP or a network that cannot be loaded."
     if settings.by == 'clip':
-        named_clip(settings.clip)
+        named_clip(settings.clip, 'cpu', '--guide-clip')
+    elif not there:
+        judge = judge_settings(settings.arch, settings.training)
+        network = judge.arch, n_classes, judge.size, judge.pretrained
+        try_network(*network, '--guide-arch')
 
 # %% ../../nbs/run/guides.ipynb #5d1e7c03
 @contextmanager

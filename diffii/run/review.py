@@ -121,13 +121,23 @@ def remake(
     about = folder.about()
     row = _row_of(folder, file_name)
     batch = _batch_of(folder, row)
-    planned = {k: v for k, v in row.items() if k != 'scores'} in batch
+    planned = _as_planned(row) in map(_as_planned, batch)
     require(planned, f'{folder.plan}: does not have {file_name}; {AGAIN}')
     pool = _pool_of(folder, about['classes'], batch) if row['sources'] else None
     parts = _parts_of(pipe, row, about['batch_size'])
     with parts, made_with(pipe, path) as concepts:
         found = make_batch(pipe, concepts, pool, batch)
-    return found[[r['file_name'] for r in batch].index(file_name)]
+    image = found[[r['file_name'] for r in batch].index(file_name)]
+    text = f'{file_name}: came out not finite, flagged or of one colour; give'
+    hint = f'--dtype {about["dtype"]}, as the run had, on a machine of the same kind'
+    require(image is not None, f'{text} {hint}')
+    return image
+
+
+def _as_planned(row):
+    "What of a row makes its image; metadata has scores, and names without their folders."
+    beside = ('scores', 'model', 'few_step')
+    return {name: value for name, value in row.items() if name not in beside}
 
 
 @contextmanager

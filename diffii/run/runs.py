@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -35,7 +36,8 @@ from diffii.base.settings import (
     config_text,
     recommended_classifier,
 )
-from ..method.concepts import RELEARN, Concepts, named_concepts, words_of
+from ..method.concepts import RELEARN, Concepts, check_prompts
+from ..method.concepts import named_concepts, words_of
 from ..method.learning import check_learning, learn_concepts
 from ..method.diffusion import ddim_grid
 from ..method.editing import check_model
@@ -51,7 +53,7 @@ from diffii.method.synthesis import (
     make_batch,
     soft_targets,
 )
-from .cards import write_card
+from .cards import name_alone, write_card
 from .contexts import GENERAL, choose_suffixes, kept_suffixes
 from .digests import UNKNOWN
 from diffii.run.filters import (
@@ -246,6 +248,7 @@ def in_force(self: Run) -> Settings:
     loaded = dict(model=pipe.model, dtype=pipe.dtype_name, size=pipe.size)
     loaded |= dict(batch_size=pipe.batch_size, vae_tiling=pipe.vae_tiling)
     loaded |= dict(tf32=pipe.tf32, safety_checker=pipe.safety_checker)
+    loaded |= dict(compile=pipe.compile)
     return replace(
         settings,
         images=replace(settings.images, metaclass=self.images.metaclass),
@@ -269,16 +272,20 @@ def check_run(run: Run, concepts: Concepts | None, pool: InversionPool | None):
     enough = run.suffixes or not settings.sampling.suffixed_steps
     require(enough, f'{text} --split-ratio 0')
     check_filter(run.pipe, images, settings.filter)
-    if not holds_run(run.folder.path, RECORD):
+    begun = holds_run(run.folder.path, RECORD)
+    if not begun:
         check_room(run.pipe, images, settings, run.folder.path)
     if run.guide is not None:
-        check_guide(run.guide)
+        check_guide(run.guide, len(images.classes), run.folder.guide.is_file())
     if concepts is not None:
-        _check_given(run, concepts)
+        _check_given(run, concepts, begun)
     elif run.settings.learned != 'none':
         check_learning(run.pipe, images, settings.concepts)
     if pool is not None:
         _check_pool(run, pool)
+    if not begun:
+        _check_prompts(run, concepts)
+    _check_split(settings.sampling)
 
 # %% ../../nbs/run/runs.ipynb #607ed2f5
 def _check_folders(classes):
@@ -289,7 +296,7 @@ def _check_folders(classes):
     require(not twice, f'categories {", ".join(twice[:2])}: {text}')
 
 
-def _check_given(run, concepts):
+def _check_given(run, concepts, begun):
     "Given concepts are of the method's kind, the same categories and the same model."
     method = run.settings.sampling.method
     why = '--learn none' if run.settings.concepts.learn else f'--method {method}'
@@ -303,6 +310,10 @@ def _check_given(run, concepts):
     )
     same = tuple(concepts.classes) == tuple(run.images.classes)
     require(same, f'{text} images they belong to')
+    word = concepts.metaclass
+    text = f'--metaclass {run.images.metaclass}: the --concepts were learned as {word}'
+    same = begun or word == run.images.metaclass
+    require(same, f'{text}, and prompts say so; give --metaclass {shlex.quote(word)}')
     text = (
         f'--concepts: were learned on another model than {run.pipe.model}; learn them'
     )
@@ -316,6 +327,30 @@ def _check_pool(run, pool):
     text = 'synthesize: the pool was built for other categories or with other settings'
     same = (tuple(pool.classes), pool.settings) == of_run
     require(same, f'{text}; build it with those of this run')
+
+# %% ../../nbs/run/runs.ipynb #c0de0a03
+def _check_prompts(run, concepts):
+    "The text encoders read the prompts of all categories."
+    images, settings = run.images, run.settings
+    if settings.sampling.start in ('edit', 'nothing'):
+        return
+    if concepts is None and settings.learned == 'none':
+        concepts = named_concepts(run.pipe, images)
+    elif concepts is None:
+        words = words_of(images, settings.concepts)
+        planned = images.classes, images.metaclass, settings.concepts, '', [], {}
+        concepts = Concepts(*planned, words=words)
+    suffixes = run.suffixes if settings.sampling.suffixed_steps else []
+    check_prompts(run.pipe, concepts, suffixes)
+
+
+def _check_split(sampling):
+    "Warn where a split ratio is too small for a step."
+    unused = sampling.split_ratio and not sampling.suffixed_steps
+    if unused and processes().is_main_process:
+        text = f'--split-ratio {sampling.split_ratio:g}: of {sampling.steps} steps none'
+        hint = f'give {1 / sampling.steps:.2g} or more, or more --steps'
+        warnings.warn(f'{text} is under a context, and suffixes are not used; {hint}')
 
 # %% ../../nbs/run/runs.ipynb #a8ff98d6
 def run_suffixes(
@@ -338,6 +373,7 @@ def run_suffixes(
     def choose():
         made_by = dict(captioner=contexts.captioner, summariser=contexts.summariser)
         common = dict(seed=seed, fallback=GENERAL, progress=progress)
+        common |= dict(device=settings.model.device)
         return choose_suffixes(
             contexts.suffixes, images.metaclass, images, **made_by, **common
         )
@@ -407,6 +443,8 @@ def make_or_redraw(
     pool: InversionPool | None,
     rows: list,  # of one batch
     redraw: Callable,  # (row, attempt) -> another row for the same file
+    wanted: Callable = lambda row: True,  # may others fail?
+    out='OUT',  # the output folder, for an error
 ) -> tuple:  # (images, rows that are not as planned)
     "Make a batch; what fails is made from other seeds. `UserError` if that fails too."
     images, missing, now = [None] * len(rows), list(range(len(rows))), rows
@@ -424,26 +462,32 @@ def make_or_redraw(
         batch = -(rows[0]['batch'] * ATTEMPTS + attempt)
         now = [redraw(rows[i], rows[i]['attempt'] + attempt) for i in missing]
         now = [{**row, 'batch': batch} for row in now]
-    raise UserError(
-        f'{rows[missing[0]]["label"]}: {len(missing)} images of a batch are not finite, '
-        f'of one colour, or flagged, from {ATTEMPTS} seeds; use --dtype float32 or '
-        'bfloat16, or a smaller --guidance'
-    )
+    _check_failed([rows[i]['file_name'] for i in missing if wanted(rows[i])], out)
+    return images, unplanned
+
+
+def _check_failed(names, out):
+    "Raise `UserError` for images that failed from all seeds."
+    words = shlex.join(['diffii', 'drop', str(out), *names])
+    text = f'{len(names)} images of a batch are not finite, of one colour, or flagged'
+    hint = f'leave them out ({words}) and give the same command, or begin anew in'
+    other = 'another folder with --dtype float32 or bfloat16, or a smaller --guidance'
+    require(not names, f'{text}, from {ATTEMPTS} seeds; {hint} {other}')
 
 # %% ../../nbs/run/runs.ipynb #b7590b42
 def by_batch(rows):  # yields lists of rows
     "The rows of a plan by their batch, each batch as soon as it is whole."
-    begun, category = {}, None  # of each kind: number of a batch -> its rows
+    kinds, begun, category = {}, {}, None
     for row in rows:
-        batches, number = begun.setdefault(kind_of(row), {}), row['batch']
-        # under a guide those of a batch are spread over their category
-        spread = METHODS[row['method']].imagined and row['source_label'] == category
-        if not spread:
-            yield from [batches.pop(n) for n in sorted(batches) if n < number]
-        batches.setdefault(number, []).append(row)
+        kind = kinds.setdefault(kind_of(row), len(kinds))  # kinds, as they come
+        # under a guide a batch is whole when its category is
+        guided = METHODS[row['method']].imagined
+        if row['source_label'] != category or not guided:
+            earlier = [k for k in begun if k[0] == kind and k[1] < row['batch']]
+            yield from [begun.pop(k) for k in sorted(earlier)]
+        begun.setdefault((kind, row['batch']), []).append(row)
         category = row['source_label']
-    for batches in begun.values():
-        yield from batches.values()
+    yield from [begun[k] for k in sorted(begun, key=itemgetter(0))]
 
 
 @contextmanager
@@ -485,9 +529,9 @@ def make_missing(
             if _is_made(folder, batch, _damage(folder, filter(wanted, batch), verify)):
                 continue
             number = batch[0]['batch']
-            parts = _parts(folder, number)
-            rows = [{**row, **parts} for row in batch]
-            images, unplanned = make_or_redraw(pipe, concepts, pool, rows, redraw)
+            rows = [{**row, **_parts(folder, number)} for row in batch]
+            parts = pipe, concepts, pool, rows, redraw
+            images, unplanned = make_or_redraw(*parts, wanted, folder.path)
             folder.write_redrawn(number, unplanned)
             pairs = zip(batch, images)
             write({folder.file(row): image for row, image in pairs if wanted(row)})
@@ -553,11 +597,16 @@ def planner_of(folder: RunFolder, pool: InversionPool | None) -> Planner:
     return Planner(tuple(about['classes']), pool, *of_run)
 
 # %% ../../nbs/run/runs.ipynb #0f026aa6
+def _shown(row):
+    "A row as it may be published: without folders of this machine."
+    return row | {k: name_alone(row[k]) for k in ('model', 'few_step') if row.get(k)}
+
+
 def write_metadata(folder: RunFolder):
     "Write rows of the images that are there, and the card."
     folder.digests.refresh()  # with what other processes made
     rows = (row for row in folder.final_rows() if not folder.damage(row))
-    folder.write_rows(folder.metadata, rows)
+    folder.write_rows(folder.metadata, map(_shown, rows))
     write_card(folder)
 
 # %% ../../nbs/run/runs.ipynb #13f40f91
@@ -606,8 +655,9 @@ def synthesize(
     # True for bars, False for none, or a function of (stage, done, all)
     progress=True,
 ) -> SyntheticSet:
-    """Make synthetic images of every category, by Diff-II or another of `METHODS`.
-    Raises `UserError` for input that cannot be used, before anything is written."""
+    """Make synthetic images of every category, by Diff-II or another of `METHODS`. Raises
+    `UserError` for input that cannot be used, and leaves no folder then; and for images that
+    fail from every seed, after which the same call goes on."""
     settings = settings or Settings.of(pipe, images.metaclass)
     if concepts is None:
         settings = settings.for_images(images)
@@ -675,7 +725,7 @@ def _filter(run, concepts):
     write_metadata(folder)
     job = Scoring(run.images, load_synthetic(folder.path), settings.filter)
     job.flip, job.seed, job.progress = settings.images.flip, run.seed, run.progress
-    job.pipe, job.concepts = run.pipe, concepts
+    job.pipe, job.concepts, job.device = run.pipe, concepts, str(run.pipe.device)
     filter_folder(job, folder)
 
 

@@ -15,8 +15,8 @@ from fastcore.basics import patch
 from ..base.files import IMAGES, UserError, atomic, require
 from ..base.settings import PushSettings
 from ..method.concepts import LORA_FILE, Concepts
-from .cards import write_card
-from .folders import STATE, RunFolder, iter_rows
+from .folders import STATE, RunFolder, held, iter_rows
+from .runs import write_metadata
 
 # %% ../../nbs/run/sharing.ipynb #08a43a5c
 def check_finished(folder: RunFolder):
@@ -133,7 +133,8 @@ def push(
     if settings.concepts:
         return _push_concepts(folder, repo, settings)
     check_finished(folder)
-    write_card(folder)
+    with held(folder):  # an earlier version wrote places on this machine
+        write_metadata(folder)
     if 'license: unknown' in _read_card(folder.card):
         warnings.warn(f'{folder.card}: the license is not filled in')
     parts = [f'{IMAGES}/*', folder.metadata.name, folder.card.name]

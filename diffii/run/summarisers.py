@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..base.files import require
+from ..base.processes import pick_device
 from ..base.prompts import clean_text, prefix
 from ..base.seeds import seed_of
 from ..method.suffixes import SETTING, suffix_key, tidy_suffix
-from .captioners import load_pretrained, pick_device
+from .captioners import load_pretrained
 from fastcore.basics import patch
 
 # %% ../../nbs/run/summarisers.ipynb #c1af9785
@@ -194,7 +195,7 @@ class ChatSummariser(LLMSummariser):
     model: str  # hub id or folder of a model with a chat template
     max_new_tokens: int = 400  # longest answer
     max_captions: int = 200  # most captions in the request
-    device: str | None = None  # cpu, cuda, ...; by default cuda where there is one
+    device: str | None = None  # cpu, cuda, ...; see `pick_device`
     dtype: str = 'auto'  # 'auto' is that of the model's files
     _parts: tuple = field(default=(), init=False, repr=False)  # once it is loaded
 
