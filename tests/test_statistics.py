@@ -139,9 +139,21 @@ def test_a_table_without_the_recipe_is_about_the_row_asked_for():
 
     page = Page(folder, also={folder: (row,)})
 
-    assert page.main_row(str(folder), '5-shot') == row
-    assert len(page.plot().axes) == 1
-    assert Page(folder).main_row(str(folder), '5-shot') is None
+    assert {c.row for c in page.family} == {row}
+    (panel,) = page.plot().axes
+    title = 'recipe-aviary, 5-shot: diffii, learned, 400 steps minus'
+    assert panel.get_title(loc='left') == title
+    assert Page(folder).family == []
+
+
+def test_a_plot_has_a_panel_for_each_row_that_is_asked_about():
+    folder = RESULTS / 'few-shot-aviary'
+
+    panels = Page(folder, also={folder: ('diff-ii',)}).plot().axes
+
+    titles = [panel.get_title(loc='left') for panel in panels]
+    asked = ('diffii', 'diff-ii')
+    assert titles == [f'few-shot-aviary, 5-shot: {row} minus' for row in asked]
 
 
 @pytest.mark.parametrize('folder, row', [('recipe-aviary', 'diffi'), ('x', 'diffii')])

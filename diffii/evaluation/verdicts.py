@@ -205,13 +205,6 @@ class Page:
             panels.setdefault(title, []).append(replace(c, other=row_title(c.other)))
         return plot_comparisons(panels)
 
-    def main_row(self, out: str, condition: str) -> str | None:
-        "Diff-II as it is; where a table has no such row, the first asked about."
-        record, cells, _ = self.found[out]
-        own = [cell['row'] for cell in cells if cell['setting'] == condition]
-        asked = next(iter(self.also.get(out, ())), None)
-        return usual_row(own, condition, model_of(record)) or asked
-
 # %% ../../nbs/evaluation/verdicts.ipynb #5241a481
 @patch
 def show(
